@@ -1,0 +1,145 @@
+"""The operator's public functions: validation, and the only place that chooses an implementation."""
+
+import torch
+from torch import Tensor
+
+from gsa.ops.reference import reference_attention, reference_step
+from gsa.ops.types import Impl, SlotActivation, SlotAttentionOutput
+from gsa.ops.validation import (
+    check_inputs,
+    check_memory,
+    check_options,
+    check_packing,
+    check_step,
+)
+
+
+def describe_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
+    """Which implementation `impl` means on `device`, and why.
+
+    Returns:
+        (name, reason), name one of reference, chunked.
+
+    Raises:
+        ValueError: a named implementation cannot run there. Only "auto" ever chooses.
+    """
+    if impl == "triton":
+        raise ValueError(
+            "impl: expected an implementation that can run here, got 'triton': this version has no "
+            "Triton kernels; use impl='auto'"
+        )
+    if impl != "auto":
+        return impl, "asked for by name"
+    return "reference", "not yet"
+
+
+def gated_slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    write: Tensor | None = None,
+    scale: float = 1.0,
+    slot_activation: SlotActivation = "softmax",
+    initial_memory: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    recompute: bool = True,
+    impl: Impl = "auto",
+) -> SlotAttentionOutput:
+    """Attends over a recurrent memory of M slots, written through gates, read through a softmax.
+
+        memory_t = Diag(f_t) · memory_{t-1} + w_t ⊗ [k_t ; v_t]        f = exp(log_forget)
+        output_t = activation(scale · memory_t[:, :K] · q_t)ᵀ · memory_t[:, K:]
+
+    "Gated Slot Attention for Efficient Linear-Time Sequence Modeling", Eq. 6 (arXiv 2409.07146).
+    Differentiable in every floating argument, the initial memory included, from both results. Time
+    is linear in T. No input is modified.
+
+    Args:
+        q: [B, T, H, K], fp64, fp32, bf16 or fp16; k and v share its dtype. Any strides.
+        k: [B, T, G, K]; H is a multiple of G, and query heads h·H/G … share key/value head h.
+        v: [B, T, G, V].
+        log_forget: [B, T, G, M], log f, finite and <= 0, in q's dtype or fp32. 0 keeps everything.
+        write: [B, T, G, M], w, in q's dtype or fp32. None means 1 - f (the paper's choice).
+        scale: factor on the scores; 1 in the paper and in the published checkpoints.
+        slot_activation: softmax, identity, swish, relu or relu2 (the paper's Table 2).
+        initial_memory: [B, G, M, K+V], fp32 (fp64 for fp64 inputs); zeros if None.
+        cu_seqlens: [S+1] int32 or int64 on the CPU or q's device, the boundaries of S sequences
+            packed in one row (B = 1, memory [S, G, M, K+V]); sequences may be empty. Contents are
+            checked on the CPU; `check_cu_seqlens` checks a device tensor.
+        recompute: True keeps little for the backward pass (inputs, scores, a few memories); False
+            also keeps the memory at every chunk boundary.
+        impl: auto, reference, chunked or triton. A named one never falls back.
+
+    Returns:
+        SlotAttentionOutput: output [B, T, H, V] in q's dtype; memory after the last token in fp32
+        (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_options(scale, slot_activation, impl)
+    sizes = check_inputs(q, k, v, log_forget, write)
+    if not isinstance(recompute, bool):
+        raise ValueError(f"recompute: expected True or False, got {recompute!r}")
+    if cu_seqlens is not None:
+        check_packing(q, cu_seqlens)
+    if initial_memory is not None:
+        memories = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        letters = "B, G, M, K+V" if cu_seqlens is None else "S, G, M, K+V"
+        check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
+    describe_impl(impl, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return reference_attention(
+            q, k, v, log_forget, write, scale, slot_activation, initial_memory, cu_seqlens
+        )
+
+
+@torch.no_grad()
+def gated_slot_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    memory: Tensor,
+    *,
+    write: Tensor | None = None,
+    scale: float = 1.0,
+    slot_activation: SlotActivation = "softmax",
+    inplace: bool = False,
+    rows: Tensor | None = None,
+    impl: Impl = "auto",
+) -> SlotAttentionOutput:
+    """Advances the memory by one token and reads it: one step of `gated_slot_attention`.
+
+    For inference only: no gradient flows through it.
+
+    Args:
+        q, k, v, log_forget, write: as in `gated_slot_attention`, with T = 1 (q [B, 1, H, K]).
+        memory: [B, G, M, K+V], fp32 (fp64 for fp64 inputs); with `rows`, a pool [P, G, M, K+V].
+        scale, slot_activation: as in `gated_slot_attention`.
+        inplace: True updates `memory` and returns it; False leaves it alone.
+        rows: int64 [B], distinct, only with inplace=True: the rows of the pool to advance.
+        impl: auto, reference, chunked or triton. One token is one chunk: reference and chunked are
+            the same here.
+
+    Returns:
+        SlotAttentionOutput: output [B, 1, H, V] in q's dtype, and the memory.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_options(scale, slot_activation, impl)
+    check_step(q, memory, rows, inplace, check_inputs(q, k, v, log_forget, write))
+    describe_impl(impl, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        before = memory if rows is None else memory.index_select(0, rows)
+        output, after = reference_step(q, k, v, log_forget, write, before, scale, slot_activation)
+        if not inplace:
+            return SlotAttentionOutput(output, after)
+        if rows is None:
+            memory.copy_(after)
+        else:
+            memory.index_copy_(0, rows, after)
+        return SlotAttentionOutput(output, memory)
