@@ -12,22 +12,9 @@ Differentiable by plain autograd, which keeps a memory per token: use it to chec
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gsa.ops.activation import activate
 from gsa.ops.types import SlotActivation, SlotAttentionOutput, compute_dtype
-
-
-def activate(score: Tensor, slot_activation: SlotActivation) -> Tensor:
-    """Turns scores over the last axis (slots) into read weights."""
-    if slot_activation == "softmax":
-        return score.softmax(-1)
-    if slot_activation == "swish":
-        return F.silu(score)
-    if slot_activation == "relu":
-        return score.relu()
-    if slot_activation == "relu2":
-        return score.relu().square()
-    return score
 
 
 def write_strength(log_forget: Tensor) -> Tensor:

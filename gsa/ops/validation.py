@@ -90,7 +90,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
     origin is not trusted; it waits for the device.
 
     Args:
-        cu_seqlens: [S+1], int32 or int64, the boundaries of S packed sequences (empty ones allowed).
+        cu_seqlens: [S+1], int32 or int64, the boundaries of S packed sequences; empty ones allowed.
         tokens: T, the length of the packed row.
     """
     check_cu_seqlens_form(cu_seqlens)

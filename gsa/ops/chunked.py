@@ -1,0 +1,204 @@
+"""Gated slot attention in chunks of C tokens: matrix products instead of a loop over tokens.
+
+Within a chunk let G_i be the sum of log f up to and including token i, and `start` the memory
+before it. Then (paper Appendix A, with keys and values as one memory)
+
+    memory after the chunk = exp(G_C) · start + Σ_j (exp(G_C - G_j) · w_j) ⊗ [k_j ; v_j]
+    score_i  = scale · ( exp(G_i) · start_k q_i + Σ_{j≤i} exp(G_i - G_j) · w_j · (k_j · q_i) )
+    output_i = Σ_m p_im ( exp(G_im) · start_v[m] + Σ_{j≤i} exp(G_im - G_jm) · w_jm · v_j )
+
+The first line is the write side (`memory_forward`, `memory_backward`), the others the read side
+(`readout_forward`, `readout_backward`): one function per stage, so that a kernel has a twin to be
+compared with. The write side never sees a factor above 1. The read side has two forms:
+
+- fast, here: exp(G_i - G_j) is split into exp(G_i) · exp(-G_j), so that whole tiles are multiplied.
+  Exact as long as exp(-G_j) is far from overflow, which the decay of the whole chunk decides.
+- exact for any decay, in `chunked_exact.py`, taken by those tiles that need it.
+
+G is summed and exponentiated in fp64: in fp32 its rounding would be amplified by the size of the
+sum. Nothing is ever clamped.
+
+Letters as in `gsa/ops/types.py`. A tile is one chunk of one key/value head; U tiles are computed
+together, the query heads of a group side by side: q [U, R, C, K].
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gsa.ops.activation import activate, activation_backward
+from gsa.ops.chunked_exact import readout_exact, readout_exact_backward
+from gsa.ops.types import SlotActivation
+
+# Above this total log-decay in a chunk the fast form could overflow: exp(60) leaves room for
+# another 1e12 in fp32, exp(600) for 1e47 in fp64.
+FAST_LIMIT = {torch.float32: 60.0, torch.float64: 600.0}
+
+
+class Tiles(NamedTuple):
+    """The token-wise inputs of U tiles, in the compute dtype, and G in fp64."""
+
+    q: Tensor  # [U, R, C, K]
+    k: Tensor  # [U, C, K]
+    v: Tensor  # [U, C, V]
+    write: Tensor  # [U, C, M]
+    decay_sum: Tensor  # [U, C, M]
+
+    def at(self, index: Tensor) -> "Tiles":
+        return Tiles(*(tensor.index_select(0, index) for tensor in self))
+
+
+class Read(NamedTuple):
+    """How the read side is computed: `scale` on the scores, then the activation."""
+
+    scale: float
+    slot_activation: SlotActivation
+
+
+class Written(NamedTuple):
+    """The write side of U tiles."""
+
+    faded_write: Tensor  # [U, C, M]  exp(G_C - G_j) · w_j
+    remain: Tensor  # [U, C, M]  exp(G_C - G_j)
+    fade: Tensor  # [U, M, 1]  exp(G_C)
+
+
+class TileGradients(NamedTuple):
+    """Gradients of `Tiles`, with those of w and G in the compute dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    write: Tensor
+    decay_sum: Tensor
+
+
+def write_factors(tiles: Tiles) -> Written:
+    """The difference is exact in fp64; its exponential is at most 1, so fp32 suffices for it."""
+    dtype = tiles.write.dtype
+    total = tiles.decay_sum[:, -1:]
+    remain = (total - tiles.decay_sum).to(dtype).exp_()
+    return Written(remain * tiles.write, remain, total.to(dtype).exp().mT)
+
+
+def memory_update(tiles: Tiles, written: Written) -> Tensor:
+    """What each chunk adds to the memory: [U, M, X]."""
+    U, C, K = tiles.k.shape
+    M, V = written.faded_write.shape[2], tiles.v.shape[2]
+    update = tiles.k.new_empty(U, M, K + V)
+    torch.bmm(written.faded_write.mT, tiles.k, out=update[..., :K])
+    torch.bmm(written.faded_write.mT, tiles.v, out=update[..., K:])
+    return update
+
+
+def fast_factors(tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """exp(G_i) and exp(-G_j) · w_j, both [U, C, M]; not finite in tiles beyond this form."""
+    grow = tiles.decay_sum.exp().to(tiles.write.dtype)
+    return grow, tiles.write / grow
+
+
+def beyond_fast(tiles: Tiles) -> Tensor:
+    """Indices of the tiles whose decay is too strong for the fast form: int64 [number of tiles]."""
+    deepest = tiles.decay_sum[:, -1].amin(-1)
+    return (deepest < -FAST_LIMIT[tiles.write.dtype]).nonzero().flatten()
+
+
+def causal_(product_URCC: Tensor) -> Tensor:
+    """Keeps j <= i, in place."""
+    return product_URCC.tril_()
+
+
+def readout_forward(tiles: Tiles, start: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+    """Reads the memory at every token of every tile.
+
+    start: [U, M, X], the memory before each chunk.
+    Returns (output [U, R, C, V], score [U, R, C, M] before the activation).
+    """
+    U, R, C, K = tiles.q.shape
+    grow, lifted = fast_factors(tiles)
+    q = tiles.q.flatten(1, 2)
+    inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
+    score = torch.bmm(q, start[..., :K].mT).baddbmm_(inside, lifted).unflatten(1, (R, C))
+    score.mul_(grow[:, None])
+    if read.scale != 1:
+        score.mul_(read.scale)
+    weight = (activate(score, read.slot_activation) * grow[:, None]).flatten(1, 2)
+    mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
+    output = torch.bmm(weight, start[..., K:]).baddbmm_(mix, tiles.v).unflatten(1, (R, C))
+    exact = beyond_fast(tiles)
+    if exact.numel():
+        redone = readout_exact(*tiles.at(exact), start.index_select(0, exact), *read)
+        output.index_copy_(0, exact, redone[0])
+        score.index_copy_(0, exact, redone[1])
+    return output, score
+
+
+def readout_backward(
+    tiles: Tiles, start: Tensor, score: Tensor, d_output: Tensor, read: Read
+) -> tuple[TileGradients, Tensor]:
+    """Gradients of `readout_forward` for d_output [U, R, C, V]; the second result is d start."""
+    U, R, C, K = tiles.q.shape
+    grow, lifted = fast_factors(tiles)
+    q, d_out = tiles.q.flatten(1, 2), d_output.flatten(1, 2)
+    weight = activate(score, read.slot_activation)
+
+    d_mix = causal_(torch.bmm(d_out, tiles.v.mT).view(U, R, C, C)).view(U, R * C, C)
+    d_weight = torch.bmm(d_out, start[..., K:].mT).baddbmm_(d_mix, lifted).unflatten(1, (R, C))
+    d_weight.mul_(grow[:, None])
+    d_score = activation_backward(score, weight, d_weight, read.slot_activation)
+    d_decay = (d_weight.mul_(weight).addcmul_(score, d_score)).sum(1)
+
+    weight = (weight * grow[:, None]).flatten(1, 2)
+    d_score = d_score * (grow * read.scale)[:, None] if read.scale != 1 else d_score * grow[:, None]
+    d_score = d_score.flatten(1, 2)
+    mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
+    inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
+    d_inside = causal_(torch.bmm(d_score, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
+
+    d_lifted = torch.bmm(inside.mT, d_score).baddbmm_(d_mix.mT, weight)
+    gradients = TileGradients(
+        q=torch.bmm(d_inside, tiles.k).baddbmm_(d_score, start[..., :K]).unflatten(1, (R, C)),
+        k=torch.bmm(d_inside.mT, q),
+        v=torch.bmm(mix.mT, d_out),
+        write=d_lifted / grow,
+        decay_sum=d_decay.addcmul_(lifted, d_lifted, value=-1),
+    )
+    d_start = torch.empty_like(start)
+    torch.bmm(d_score.mT, q, out=d_start[..., :K])
+    torch.bmm(weight.mT, d_out, out=d_start[..., K:])
+
+    exact = beyond_fast(tiles)
+    if exact.numel():
+        inputs = (*tiles.at(exact), start.index_select(0, exact))
+        redone = readout_exact_backward(inputs, d_output.index_select(0, exact), *read)
+        for whole, part in zip((*gradients, d_start), redone, strict=True):
+            whole.index_copy_(0, exact, part.to(whole.dtype))
+    return gradients, d_start
+
+
+def write_backward(
+    tiles: Tiles, written: Written, start: Tensor, d_end: Tensor, gradients: TileGradients
+) -> Tensor:
+    """Adds the write side's gradients, for d_end [U, M, X], that of the memory after each chunk.
+
+    Updates `gradients` (k, v, write) in place. Returns d_log_forget [U, C, M].
+
+    For log f_t the read side gives Σ_{i≥t} dG_i. On the write side f_t fades every token j < t and
+    the memory before the chunk: Σ_{j<t} faded_w_j · d faded_w_j + exp(G_C) · rowsum(start ⊙ d_end).
+    """
+    K = tiles.k.shape[2]
+    d_keys, d_values = d_end[..., :K], d_end[..., K:]
+    d_faded = torch.bmm(tiles.k, d_keys.mT).baddbmm_(tiles.v, d_values.mT)
+    gradients.k.baddbmm_(written.faded_write, d_keys)
+    gradients.v.baddbmm_(written.faded_write, d_values)
+    gradients.write.addcmul_(d_faded, written.remain)
+
+    C = tiles.k.shape[1]
+    at_or_after = torch.ones(C, C, dtype=tiles.k.dtype, device=tiles.k.device).triu_()
+    before = (1 - at_or_after).expand(len(d_end), C, C)
+    d_faded.mul_(written.faded_write)
+    d_log_forget = torch.bmm(at_or_after.expand(len(d_end), C, C), gradients.decay_sum)
+    d_log_forget.baddbmm_(before, d_faded)
+    carried = (start * d_end).sum(-1).mul_(written.fade[..., 0])
+    return d_log_forget.add_(carried[:, None])
