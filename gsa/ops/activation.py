@@ -25,7 +25,7 @@ def activation_backward(
 ) -> Tensor:
     """Gradient of the scores from that of the read weights."""
     if slot_activation == "softmax":
-        return torch._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+        return torch.ops.aten._softmax_backward_data(d_weight, weight, -1, weight.dtype)
     if slot_activation == "swish":
         gate = score.sigmoid()
         return d_weight * gate * (1 + score * (1 - gate))

@@ -170,7 +170,8 @@ def readout_backward(
 
     exact = beyond_fast(tiles)
     if exact.numel():
-        inputs = (*tiles.at(exact), start.index_select(0, exact))
+        q, k, v, write, decay_sum = tiles.at(exact)
+        inputs = (q, k, v, write, decay_sum, start.index_select(0, exact))
         redone = readout_exact_backward(inputs, d_output.index_select(0, exact), *read)
         for whole, part in zip((*gradients, d_start), redone, strict=True):
             whole.index_copy_(0, exact, part.to(whole.dtype))

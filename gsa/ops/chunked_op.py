@@ -6,6 +6,8 @@ gradient. Between the two only the inputs, the scores and one memory per segment
 torch.compile sees one node and no host code.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -124,7 +126,7 @@ def chunked_forward(
     else:
         ends.copy_(initial_memory)
     carry = ends if cu_seqlens is None else torch.zeros_like(ends[:1])
-    read = Read(scale, slot_activation)
+    read = Read(scale, cast(SlotActivation, slot_activation))
     with torch.autocast(q.device.type, enabled=False):
         for index, chunks in enumerate(tiling.segments()):
             tiles = load(tiling, chunks, (q, k, v, log_forget, write))
@@ -204,7 +206,7 @@ def chunked_backward(
     else:
         d_ends.copy_(d_memory)
     carry = d_ends if cu_seqlens is None else torch.zeros_like(d_ends[:1])
-    read = Read(scale, slot_activation)
+    read = Read(scale, cast(SlotActivation, slot_activation))
     dtype = compute_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         for index, chunks in reversed(list(enumerate(tiling.segments()))):

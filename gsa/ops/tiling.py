@@ -24,8 +24,8 @@ MIN_SEGMENT_CHUNKS = 4
 
 
 def segment_chunks(rows: int, heads: int) -> int:
-    """Chunks per segment for B rows of G heads. Also traced with symbolic sizes."""
-    return torch.sym_max(MIN_SEGMENT_CHUNKS, SEGMENT_TILES // torch.sym_max(1, rows * heads))
+    """Chunks per segment for B rows of G heads. Also traced with symbolic sizes, hence `sym_max`."""
+    return torch.sym_max(MIN_SEGMENT_CHUNKS, SEGMENT_TILES // torch.sym_max(1, rows * heads))  # pyright: ignore[reportReturnType]
 
 
 def max_chunks(tokens: int, sequences: int | None) -> int:

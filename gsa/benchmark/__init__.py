@@ -1,0 +1,1 @@
+"""Measurements: they find out how fast things are, and say where and with what."""
