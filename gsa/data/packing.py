@@ -1,0 +1,121 @@
+"""Training rows out of shards: documents end to end, cut in rows, in an order computed by position.
+
+There is no iterator and no state: the batch at a position is a function of (shards, seq_len, seed,
+position), so resuming is exact and any number of processes agree on the order.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsa.data.permutation import permute
+from gsa.data.shards import TokenShards
+
+IGNORE = -100
+"""The label that the loss skips (Hugging Face's convention)."""
+
+
+class Batch(NamedTuple):
+    """One packed batch, T = all its tokens end to end.
+
+    input_ids [1, T] int64; labels [1, T] int64, equal to input_ids but −100 at the first token of
+    each segment (the model shifts, so no token is predicted across a boundary); cu_seqlens [S+1]
+    int32, the boundaries of the S segments: every row start and every document start, none empty.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+
+class PackedRows:
+    """Rows of `seq_len` tokens in a seeded order, one permutation per epoch.
+
+    The documents of `shards` are laid end to end and cut every `seq_len` tokens; the last
+    num_tokens mod seq_len tokens are left out. Row i of the order is row
+    permutation(seed, epoch)[i mod num_rows] with epoch = i // num_rows (gsa/data/permutation.py).
+    ValueError if there is not a single whole row.
+    """
+
+    def __init__(self, shards: TokenShards, *, seq_len: int, seed: int) -> None:
+        _check_at_least("seq_len", seq_len, 1)
+        _check_at_least("seed", seed, 0)
+        self.shards = shards
+        self.seq_len = seq_len
+        self.seed = seed
+        self.num_rows = shards.num_tokens // seq_len
+        if self.num_rows < 1:
+            raise ValueError(
+                f"seq_len: a row takes {seq_len} tokens, but {shards.folder} holds "
+                f"{shards.num_tokens}; prepare more text or use a smaller seq_len"
+            )
+
+    def epoch(self, position: int) -> int:
+        """The number of whole passes over the rows before `position`."""
+        return position // self.num_rows
+
+    def row_ids(self, position: int, rows: int) -> np.ndarray:
+        """Which rows (0 … num_rows−1, in text order) stand at position … position+rows−1."""
+        _check_at_least("position", position, 0)
+        _check_at_least("rows", rows, 1)
+        places = np.arange(position, position + rows, dtype=np.int64)
+        epochs = places // self.num_rows
+        chosen = np.empty(rows, dtype=np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            chosen[here] = permute(
+                places[here] % self.num_rows, size=self.num_rows, seed=self.seed, epoch=epoch
+            )
+        return chosen
+
+    def batch(self, position: int, rows: int) -> Batch:
+        """The `rows` rows from `position` on, which counts rows since the start of training.
+
+        batch(p, 4) is batch(p, 1), …, batch(p + 3, 1) end to end, over epoch ends too. Returns
+        tensors on the CPU, input_ids and labels [1, rows · seq_len].
+        """
+        starts = self.row_ids(position, rows) * self.seq_len
+        return _pack(self.shards, starts, starts + self.seq_len)
+
+
+def validation_batches(shards: TokenShards, *, seq_len: int, rows: int) -> Iterator[Batch]:
+    """Every token once, in text order, `rows` rows at a time; the last row may be shorter.
+
+    For a held-out loss: rows start with an empty memory, as in training, and the first token of
+    each row and document has no label.
+    """
+    _check_at_least("seq_len", seq_len, 1)
+    _check_at_least("rows", rows, 1)
+    for first in range(0, shards.num_tokens, seq_len * rows):
+        last = min(first + seq_len * rows, shards.num_tokens)
+        starts = np.arange(first, last, seq_len, dtype=np.int64)
+        yield _pack(shards, starts, np.minimum(starts + seq_len, last))
+
+
+def _pack(shards: TokenShards, starts: np.ndarray, ends: np.ndarray) -> Batch:
+    total = int((ends - starts).sum())
+    if total >= 2**31:
+        raise ValueError(f"rows: a batch takes fewer than 2^31 tokens, got {total}; ask fewer rows")
+    ids = np.empty(total, dtype=np.int64)
+    boundaries = []
+    filled = 0
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        ids[filled : filled + end - start] = shards.tokens[start:end]
+        documents = shards.document_starts
+        # The documents that begin strictly inside the row: its own start is a boundary anyway.
+        first, last = np.searchsorted(documents, [start + 1, end])
+        boundaries += [filled, *(documents[first:last] - start + filled).tolist()]
+        filled += end - start
+    input_ids = torch.from_numpy(ids).unsqueeze(0)
+    labels = input_ids.clone()
+    labels[0, boundaries] = IGNORE
+    cu_seqlens = torch.tensor([*boundaries, total], dtype=torch.int32)
+    return Batch(input_ids, labels, cu_seqlens)
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
