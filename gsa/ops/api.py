@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gsa.ops.chunked_op import chunked_attention
 from gsa.ops.reference import reference_attention, reference_step
-from gsa.ops.types import Impl, SlotActivation, SlotAttentionOutput
+from gsa.ops.types import Impl, SlotActivation, SlotAttentionOutput, without_autocast
 from gsa.ops.validation import (
     check_inputs,
     check_memory,
@@ -92,7 +92,7 @@ def gated_slot_attention(
         check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
     arguments = (q, k, v, log_forget, write, scale, slot_activation, initial_memory, cu_seqlens)
     chosen, _ = describe_impl(impl, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         if chosen == "reference":
             return reference_attention(*arguments)
         return chunked_attention(*arguments, recompute)
@@ -135,7 +135,7 @@ def gated_slot_step(
     check_options(scale, slot_activation, impl)
     check_step(q, memory, rows, inplace, check_inputs(q, k, v, log_forget, write))
     describe_impl(impl, q.device)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         before = memory if rows is None else memory.index_select(0, rows)
         output, after = reference_step(q, k, v, log_forget, write, before, scale, slot_activation)
         if not inplace:

@@ -23,7 +23,7 @@ from gsa.ops.chunked import (
 )
 from gsa.ops.reference import write_strength
 from gsa.ops.tiling import Tiling, max_chunks, segment_chunks
-from gsa.ops.types import SlotActivation, SlotAttentionOutput, compute_dtype
+from gsa.ops.types import SlotActivation, SlotAttentionOutput, compute_dtype, without_autocast
 from gsa.ops.validation import check_cu_seqlens
 
 
@@ -127,7 +127,7 @@ def chunked_forward(
         ends.copy_(initial_memory)
     carry = ends if cu_seqlens is None else torch.zeros_like(ends[:1])
     read = Read(scale, cast(SlotActivation, slot_activation))
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         for index, chunks in enumerate(tiling.segments()):
             tiles = load(tiling, chunks, (q, k, v, log_forget, write))
             if keep_scores and not keep_every_memory:
@@ -208,7 +208,7 @@ def chunked_backward(
     carry = d_ends if cu_seqlens is None else torch.zeros_like(d_ends[:1])
     read = Read(scale, cast(SlotActivation, slot_activation))
     dtype = compute_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         for index, chunks in reversed(list(enumerate(tiling.segments()))):
             tiles = load(tiling, chunks, inputs)
             written = write_factors(tiles)
@@ -243,7 +243,7 @@ def store(
     for tiles, out in zip(gradients, results[:5], strict=True):
         if out.dim() == 4:
             C, width = tiles.shape[-2:]
-            tiling.scatter(tiles.reshape(n, B, -1, C, width), chunks, out)
+            tiling.scatter(tiles.reshape(n, B, out.shape[2], C, width), chunks, out)
 
 
 def allocate_gradients(

@@ -24,7 +24,7 @@ MIN_SEGMENT_CHUNKS = 4
 
 
 def segment_chunks(rows: int, heads: int) -> int:
-    """Chunks per segment for B rows of G heads. Also traced with symbolic sizes, hence `sym_max`."""
+    """Chunks per segment for B rows of G heads; `sym_max`, since sizes may be symbolic."""
     return torch.sym_max(MIN_SEGMENT_CHUNKS, SEGMENT_TILES // torch.sym_max(1, rows * heads))  # pyright: ignore[reportReturnType]
 
 

@@ -7,6 +7,7 @@ The package has one alphabet for dimensions, used as suffixes of tensor names:
     chunk · S sequences of a packed batch
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -34,3 +35,10 @@ class SlotAttentionOutput(NamedTuple):
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the memory and of everything inside: fp64 stays fp64, all else is fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast changes nothing inside the operator; devices such as meta know no autocast."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
