@@ -80,7 +80,7 @@ def reference_attention(
             output, mine = advance(*token, mine, scale, slot_activation)
             memory = memory.index_copy(0, owner, mine)
         outputs.append(output)
-    output = torch.stack(outputs, 1) if outputs else q.new_zeros(B, 0, H, V)
+    output = torch.stack(outputs, 1) if outputs else q[..., :1].expand(B, 0, H, V)
     return SlotAttentionOutput(output.to(q_BTHK.dtype), memory)
 
 
