@@ -1,0 +1,290 @@
+"""What "correct" means in the operator's tests: an oracle, a yardstick and an error budget.
+
+The oracle never keeps a memory: for each query it sums over all past tokens, each weighted by its
+write and by the product of the gates since, in fp64. The yardstick is the chunked form with matmul
+operands rounded to the input dtype: what an honest implementation in that dtype can reach.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "softmax": lambda s: (
+        (s - s.amax(-1, keepdim=True)).exp()
+        / (s - s.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+    ),
+    "identity": lambda s: s,
+    "swish": lambda s: s * torch.sigmoid(s),
+    "relu": lambda s: s.clamp(min=0),
+    "relu2": lambda s: s.clamp(min=0) ** 2,
+}
+CHUNK = 64
+Tensors = dict[str, Tensor]
+
+
+def gates(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Log-decays [..., M] in fp64: usual, near_one (1 - f far below bf16's step), mixed, steep."""
+    if kind == "usual":
+        return F.logsigmoid(torch.randn(shape, generator=rng, dtype=torch.float64) + 1) / 2
+    if kind == "near_one":
+        return F.logsigmoid(torch.randn(shape, generator=rng, dtype=torch.float64) / 4 + 5) / 8
+    uniform = torch.rand(shape, generator=rng, dtype=torch.float64)
+    log_decay = -(10 ** (uniform * 7.778 - 6))  # 1e-6 ... 60
+    if kind == "mixed":
+        return log_decay
+    dice = torch.rand(shape, generator=rng, dtype=torch.float64)
+    assert kind == "steep", kind
+    return log_decay.masked_fill(dice < 0.1, 0.0).masked_fill(dice > 0.9, -1e4)
+
+
+def make_inputs(
+    *,
+    B: int = 1,
+    T: int = 16,
+    H: int = 2,
+    G: int | None = None,
+    K: int = 5,
+    V: int = 6,
+    M: int = 4,
+    dtype: torch.dtype = torch.float64,
+    gate_dtype: torch.dtype | None = None,
+    gate: str = "usual",
+    write: bool = False,
+    memory: int | None = None,
+    seed: int = 0,
+) -> Tensors:
+    """Arguments of the operator by name; `memory` is the number of initial memories, if any."""
+    G = H if G is None else G
+    rng = torch.Generator().manual_seed(seed)
+    internal = torch.float64 if dtype == torch.float64 else torch.float32
+    gate_dtype = gate_dtype or internal
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+    inputs = {
+        "q": normal(B, T, H, K).to(dtype),
+        "k": normal(B, T, G, K).to(dtype),
+        "v": normal(B, T, G, V).to(dtype),
+        "log_forget": gates(gate, (B, T, G, M), rng).to(gate_dtype),
+    }
+    if write:
+        inputs["write"] = (torch.rand((B, T, G, M), generator=rng, dtype=torch.float64) * 1.5).to(
+            gate_dtype
+        )
+    if memory is not None:
+        inputs["initial_memory"] = normal(memory, G, M, K + V).to(internal)
+    return inputs
+
+
+def leaves(inputs: Tensors) -> Tensors:
+    return {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+
+
+def cotangents(
+    inputs: Tensors, memories: int | None = None, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Random gradients for (output, memory), in their dtypes."""
+    q, v, f = inputs["q"], inputs["v"], inputs["log_forget"]
+    rng = torch.Generator().manual_seed(seed)
+    B, T, H, K = q.shape
+    internal = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows = B if memories is None else memories
+    d_output = torch.randn((B, T, H, v.shape[3]), generator=rng, dtype=torch.float64)
+    d_memory = torch.randn(
+        (rows, v.shape[2], f.shape[3], K + v.shape[3]), generator=rng, dtype=torch.float64
+    )
+    return d_output.to(q.dtype), d_memory.to(internal)
+
+
+def evaluate(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Tensors,
+    d: tuple[Tensor, Tensor] | None = None,
+    **options: object,
+) -> Tensors:
+    """Output, memory and, given cotangents, the gradient of every input (as d_name)."""
+    arguments = leaves(inputs) if d is not None else inputs
+    output, memory = function(**arguments, **options)
+    results = {"output": output.detach(), "memory": memory.detach()}
+    if d is None:
+        return results
+    pairs = [(x, g.to(x.dtype)) for x, g in zip((output, memory), d, strict=True)]
+    pairs = [(x, g) for x, g in pairs if x.requires_grad]
+    targets = list(arguments.values())
+    grads = [None] * len(targets)
+    if pairs:
+        grads = torch.autograd.grad(
+            [x for x, _ in pairs], targets, [g for _, g in pairs], allow_unused=True
+        )
+    for (name, argument), gradient in zip(arguments.items(), grads, strict=True):
+        results[f"d_{name}"] = torch.zeros_like(argument) if gradient is None else gradient
+    return results
+
+
+def oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    write: Tensor | None = None,
+    scale: float = 1.0,
+    slot_activation: str = "softmax",
+    initial_memory: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator as attention over all past tokens, one query at a time, in fp64."""
+    q, k, v, log_forget = (x.double() for x in (q, k, v, log_forget))
+    write = -torch.expm1(log_forget) if write is None else write.double()
+    (B, T, _, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
+    if cu_seqlens is None:
+        pieces = [(b, 0, T) for b in range(B)]
+    else:
+        bounds = cu_seqlens.tolist()
+        pieces = [(0, a, b) for a, b in pairwise(bounds)]
+    outputs, memories = [], []
+    for index, (row, start, stop) in enumerate(pieces):
+        first = (
+            q.new_zeros(G, M, K + V) if initial_memory is None else initial_memory[index].double()
+        )
+        part = (x[row, start:stop] for x in (q, k, v, log_forget, write))
+        output, memory = _oracle_sequence(*part, scale, slot_activation, first)
+        outputs.append(output)
+        memories.append(memory)
+    output = torch.stack(outputs) if cu_seqlens is None else torch.cat(outputs)[None]
+    return output, torch.stack(memories)
+
+
+def _oracle_sequence(q, k, v, log_forget, write, scale, slot_activation, first):
+    T, H, K = q.shape
+    G, M = log_forget.shape[1:]
+    group = torch.arange(H) // (H // G)
+    alive = q.new_zeros(0, G, M)  # what is left of each past token's write, slot by slot
+    faded = q.new_ones(G, M)  # what is left of the initial memory
+    outputs = []
+    for t in range(T):
+        f = log_forget[t].exp()
+        alive = torch.cat([alive * f, write[t][None]])
+        faded = faded * f
+        likeness = torch.einsum("jhk,hk->jh", k[: t + 1, group], q[t])
+        score = torch.einsum("jh,jhm->hm", likeness, alive[:, group])
+        score = score + faded[group] * torch.einsum("hmk,hk->hm", first[group, :, :K], q[t])
+        p = ACTIVATIONS[slot_activation](scale * score)
+        attention = torch.einsum("hm,jhm->jh", p, alive[:, group])
+        recalled = torch.einsum("hm,hmv->hv", p * faded[group], first[group, :, K:])
+        outputs.append(torch.einsum("jh,jhv->hv", attention, v[: t + 1, group]) + recalled)
+    output = torch.stack(outputs) if outputs else q.new_zeros(0, H, v.shape[2])
+    kept = torch.cat([torch.einsum("jgm,jgx->gmx", alive, x) for x in (k, v)], -1)
+    return output, faded[..., None] * first + kept
+
+
+def yardstick(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_forget: Tensor,
+    *,
+    write: Tensor | None = None,
+    scale: float = 1.0,
+    slot_activation: str = "softmax",
+    initial_memory: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chunked torch, matmul operands rounded to q's dtype (gradients too), fp32 accumulation."""
+    (B, T, H, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
+    dtype, internal = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    log_forget = log_forget.to(internal)
+    write = -torch.expm1(log_forget) if write is None else write.to(internal)
+    bounds = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    count = B if cu_seqlens is None else len(bounds) - 1
+    first = q.new_zeros(count, G, M, K + V, dtype=internal)
+    first = first if initial_memory is None else initial_memory
+    outputs, memories = [], []
+    for s, (start, stop) in enumerate(pairwise(bounds)):
+        memory = first if cu_seqlens is None else first[s : s + 1]
+        for a in range(start, stop, CHUNK):
+            part = slice(a, min(a + CHUNK, stop))
+            inputs = (x[:, part] for x in (q, k, v, log_forget, write))
+            output, memory = _yardstick_chunk(*inputs, memory, scale, slot_activation, dtype)
+            outputs.append(output)
+        memories.append(memory)
+    output = torch.cat(outputs, 1) if outputs else q.new_zeros(B, 0, H, V)
+    return output.to(dtype), torch.cat(memories)
+
+
+def _yardstick_chunk(q, k, v, log_forget, write, memory, scale, slot_activation, dtype):
+    def r(x: Tensor) -> Tensor:
+        return x.to(dtype).to(memory.dtype)
+
+    C, H, G, K = q.shape[1], q.shape[2], k.shape[2], k.shape[3]
+    q = q.unflatten(2, (G, H // G))
+    total = log_forget.double().cumsum(1)
+    gap = total[:, :, None] - total[:, None]  # [B, i, j, G, M]
+    past = torch.ones(C, C, dtype=torch.bool).tril()[None, :, :, None, None]
+    decay = gap.masked_fill(~past, -torch.inf).to(memory.dtype).exp()
+    grow = total.to(memory.dtype).exp()[:, :, :, None]
+    weight = r(decay * write[:, None])
+    likeness = torch.einsum("bigrk,bjgk->bijgr", r(q), r(k))
+    inside = torch.einsum("bijgr,bijgm->bigrm", r(likeness), weight)
+    before = torch.einsum("bigrk,bgmk->bigrm", r(q), r(memory[..., :K]))
+    p = ACTIVATIONS[slot_activation](scale * (inside + grow * before))
+    mix = torch.einsum("bigrm,bijgm->bijgr", r(p), weight)
+    output = torch.einsum("bijgr,bjgv->bigrv", r(mix), r(v))
+    output = output + torch.einsum("bigrm,bgmv->bigrv", r(p * grow), r(memory[..., K:]))
+    kept = r((total[:, -1:] - total).to(memory.dtype).exp() * write)
+    update = [torch.einsum("bjgm,bjgx->bgmx", kept, r(x)) for x in (k, v)]
+    memory = grow[:, -1, :, 0, :, None] * memory + torch.cat(update, -1)
+    return output.flatten(2, 3), memory
+
+
+def errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(‖a - ref‖ / ‖ref‖, max|a - ref| / max|ref|), 0/0 being 0."""
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    gap, exact = actual.double() - exact.double(), exact.double()
+    pairs = ((gap.norm(), exact.norm()), (gap.abs().max(), exact.abs().max()))
+    return tuple(0.0 if a == 0 else float(a / b) for a, b in pairs)  # type: ignore[return-value]
+
+
+def assert_close(actual: Tensors, exact: Tensors, tolerance: float) -> None:
+    """Every tensor finite, of the same shape, and within a relative tolerance by both measures."""
+    assert actual.keys() == exact.keys()
+    for name, a in actual.items():
+        assert a.shape == exact[name].shape, name
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        got = errors(a, exact[name])
+        assert max(got) <= tolerance, f"{name}: errors {got} above {tolerance}"
+
+
+def assert_within_budget(
+    actual: Tensors, exact: Tensors, ruler: Tensors, dtype: torch.dtype, impl: str = "chunked"
+) -> None:
+    """Each error at most twice the yardstick's plus eps(dtype).
+
+    The reference rounds the memory once a token, not once a chunk: in fp32 that random walk,
+    sqrt(T) steps of eps, is allowed to it and to nothing else.
+    """
+    assert actual.keys() == exact.keys() == ruler.keys()
+    eps = torch.finfo(dtype).eps
+    if impl == "reference" and dtype == torch.float32:
+        eps *= actual["output"].shape[1] ** 0.5
+    for name, a in actual.items():
+        assert a.shape == exact[name].shape, name
+        assert torch.isfinite(a).all(), f"{name} is not finite"
+        assert torch.isfinite(ruler[name]).all(), f"the yardstick's {name} is not finite"
+        got, allowed = errors(a, exact[name]), errors(ruler[name], exact[name])
+        for measure, g, y in zip(("norm", "max"), got, allowed, strict=True):
+            assert g <= 2 * y + eps, (
+                f"{name}: {measure} error {g:.3g} above 2 x {y:.3g} + {eps:.3g}"
+            )
+
+
+def assert_bit_equal(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
+    for name, a in actual.items():
+        assert torch.equal(a, expected[name]), f"{name} differs"
