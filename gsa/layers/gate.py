@@ -1,0 +1,93 @@
+"""From gate logits to what the memory forgets and writes."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsa.layers.token_layout import TokenLayout
+from gsa.ops.types import compute_dtype
+
+GATES = ("data_dependent", "data_independent", "abc", "abc_printed")
+
+# Log of the normaliser before the first token: far below any logit, yet finite, so that nothing
+# derived from it is nan.
+NO_TOKENS = -1e30
+
+
+class StaticGate(nn.Module):
+    """Gate logits that ignore the token: one learned number per key/value head and slot.
+
+    Spread over [0, 6] at the start, a half-life of about 8 to 2000 tokens at tau = 8: slots that start
+    equal would stay equal, since nothing else tells them apart.
+    """
+
+    def __init__(self, heads: int, slots: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(heads, slots))
+        with torch.no_grad():
+            self.logits.copy_(self.initial_logits())
+
+    def initial_logits(self) -> Tensor:
+        """[G, M]."""
+        spread = torch.linspace(0, 6, self.logits.shape[1], device=self.logits.device)
+        return spread.expand_as(self.logits)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        return self.logits.flatten().expand(B, T, -1)
+
+
+def forget_gate(logits_BTGM: Tensor, tau: float, pads: Tensor | None) -> Tensor:
+    """log f = logsigmoid(logits) / tau in fp32 (fp64 for fp64); 0 at padding: keep all, write none.
+
+    Paper §3.3: f = sigmoid(W_f x)^(1/tau), tau = 8. The write is 1 - f, left to the operator.
+    """
+    log_forget = F.logsigmoid(logits_BTGM.to(compute_dtype(logits_BTGM.dtype))) / tau
+    return log_forget if pads is None else log_forget.masked_fill(pads[..., None, None], 0.0)
+
+
+def abc_gate(
+    logits_BTGM: Tensor, layout: TokenLayout, normalizer: Tensor | None, *, decay: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gates of attention with bounded-memory control (ABC), as a memory that forgets.
+
+    With z_t = log Σ_{i≤t} exp(a_i) the running normaliser of the logits a:
+
+        log_forget = z_{t-1} - z_t   (0 at the first token)        write = exp(a_t - z_t)
+
+    computed as logsigmoid and sigmoid of z_{t-1} - a_t, which loses no digits. `decay=False` is the
+    paper's Eq. 3 to the letter: the same write, nothing forgotten. Padding leaves z alone.
+
+    Args:
+        normalizer: z before these tokens, fp32 [B, G, M]; None at the start.
+
+    Returns:
+        (log_forget, write, z), each [B, T, G, M], fp32 (fp64 for fp64).
+    """
+    a = logits_BTGM.to(compute_dtype(logits_BTGM.dtype))
+    if layout.pads is not None:
+        a = a.masked_fill(layout.pads[..., None, None], NO_TOKENS)
+    if normalizer is None:
+        normalizer = torch.full_like(a[:, 0], NO_TOKENS)
+    z = torch.logaddexp(_running_logsumexp(a, layout), normalizer[:, None].to(a.dtype))
+    before = torch.cat([normalizer[:, None].to(a.dtype), z[:, :-1]], 1)
+    if layout.documents is not None:
+        before = before.masked_fill((layout.positions == 0)[..., None, None], NO_TOKENS)
+    log_forget = F.logsigmoid(before - a).masked_fill(before <= NO_TOKENS / 2, 0.0)
+    write = torch.sigmoid(a - before)
+    if layout.pads is not None:
+        log_forget = log_forget.masked_fill(layout.pads[..., None, None], 0.0)
+        write = write.masked_fill(layout.pads[..., None, None], 0.0)
+    return (log_forget if decay else torch.zeros_like(log_forget)), write, z
+
+
+def _running_logsumexp(a_BTGM: Tensor, layout: TokenLayout) -> Tensor:
+    """log Σ_{i≤t} exp(a_i) within each document, in log2(T) doubling steps."""
+    T, reach, total = a_BTGM.shape[1], 1, a_BTGM
+    while reach < T:
+        earlier = F.pad(total[:, :-reach], (0, 0, 0, 0, reach, 0), value=NO_TOKENS)
+        if layout.documents is not None:
+            earlier = earlier.masked_fill((layout.positions < reach)[..., None, None], NO_TOKENS)
+        total = torch.logaddexp(total, earlier)
+        reach *= 2
+    return total

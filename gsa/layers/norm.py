@@ -1,0 +1,30 @@
+"""Root-mean-square normalisation."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsa.ops.types import compute_dtype
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight over the last axis, computed in fp32 (fp64 for fp64).
+
+    Args:
+        width: size of the last axis.
+        eps: added to the mean square.
+        affine: False leaves the weight out.
+    """
+
+    def __init__(self, width: int, eps: float, *, affine: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        weight = None if self.weight is None else self.weight.to(dtype)
+        return F.rms_norm(x.to(dtype), x.shape[-1:], weight, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, affine={self.weight is not None}"

@@ -1,0 +1,243 @@
+"""What can be chosen about a token mixer, and which choices contradict each other."""
+
+import math
+from dataclasses import dataclass, fields
+
+from gsa.layers.feature_map import FEATURE_MAPS, VALUE_ACTIVATIONS
+from gsa.layers.gate import GATES
+from gsa.layers.rope import ROPE_TYPES
+from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotAttentionOptions:
+    """Sizes and variants of a `GatedSlotAttention`; the defaults are the paper's."""
+
+    hidden_size: int
+    """D, width of the residual stream."""
+    num_heads: int
+    """H, query heads."""
+    num_kv_heads: int | None = None
+    """G, heads of keys, values, gates and memory; None means H."""
+    num_slots: int | None = 64
+    """M, rows of a head's memory; None means K."""
+    head_dim: int | None = None
+    """Width of a head before expansion; None means D / H."""
+    expand_k: float = 1.0
+    """K = head_dim · expand_k."""
+    expand_v: float = 1.0
+    """V = head_dim · expand_v."""
+    gate: str = "data_dependent"
+    """data_dependent | data_independent | abc | abc_printed."""
+    gate_logit_normalizer: float = 8.0
+    """tau in f = sigmoid(logits)^(1/tau): larger forgets more slowly. Not used by the abc gates."""
+    feature_map: str = "swish"
+    """On queries and keys: swish | relu | identity | t2r."""
+    value_activation: str = "swish"
+    """On values: swish | identity."""
+    slot_activation: SlotActivation = "softmax"
+    """From scores to read weights: softmax | identity | swish | relu | relu2."""
+    scale: float | str = 1.0
+    """Factor on the scores: a number, or "rsqrt_key" for 1/sqrt(K)."""
+    qkv_bias: bool = False
+    """Biases on the q, k and v projections."""
+    qk_norm: bool = False
+    """An RMSNorm over each head's queries and keys, before the feature map."""
+    rope_theta: float | None = None
+    """Rotates queries and keys by position after the feature map; None leaves positions out."""
+    rope_scaling: dict | None = None
+    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    use_short_conv: bool = False
+    """A causal depthwise convolution after each of the q, k and v projections."""
+    conv_size: int = 4
+    """Taps of that convolution."""
+    output_norm: bool = True
+    """The RMSNorm before the output projection."""
+    elementwise_affine: bool = True
+    """A learned weight in that norm."""
+    norm_eps: float = 1e-6
+    """eps of the query/key norms."""
+    output_norm_eps: float = 1e-5
+    """eps of the norm before the output projection."""
+    output_gate: bool = False
+    """Multiplies the normed output by swish(W_g x)."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("num_kv_heads", "num_slots", "head_dim"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
+        for name in (
+            "expand_k",
+            "expand_v",
+            "gate_logit_normalizer",
+            "norm_eps",
+            "output_norm_eps",
+        ):
+            check_positive_number(name, getattr(self, name))
+        check_heads(self.num_heads, self.num_kv_heads)
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim to be "
+                f"given), got {self.num_heads}"
+            )
+        for name in ("expand_k", "expand_v"):
+            width = self._head_dim * getattr(self, name)
+            if abs(width - round(width)) > 1e-6 or round(width) < 1:
+                raise ValueError(
+                    f"{name}: expected a factor that makes head_dim = {self._head_dim} a whole number "
+                    f">= 1, got {getattr(self, name)}"
+                )
+        check_choice("gate", self.gate, GATES)
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("value_activation", self.value_activation, VALUE_ACTIVATIONS)
+        check_choice("slot_activation", self.slot_activation, SLOT_ACTIVATIONS)
+        if self.scale != "rsqrt_key" and not is_number(self.scale):
+            raise ValueError(f'scale: expected a number or "rsqrt_key", got {self.scale!r}')
+        check_flags(self)
+        check_rope(self.rope_theta, self.rope_scaling, self.key_width)
+        if self.use_short_conv and (not isinstance(self.conv_size, int) or self.conv_size < 2):
+            raise ValueError(f"conv_size: expected a whole number >= 2, got {self.conv_size!r}")
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def key_width(self) -> int:
+        """K."""
+        return round(self._head_dim * self.expand_k)
+
+    @property
+    def value_width(self) -> int:
+        """V."""
+        return round(self._head_dim * self.expand_v)
+
+    @property
+    def slots(self) -> int:
+        """M."""
+        return self.key_width if self.num_slots is None else self.num_slots
+
+    @property
+    def score_scale(self) -> float:
+        """The number by which scores are multiplied."""
+        return self.key_width**-0.5 if isinstance(self.scale, str) else float(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxAttentionOptions:
+    """Sizes and variants of a `SoftmaxAttention` in a hybrid model."""
+
+    hidden_size: int
+    """D, width of the residual stream."""
+    num_heads: int
+    """H, query heads."""
+    num_kv_heads: int | None = None
+    """G, key/value heads; None means H."""
+    head_dim: int | None = None
+    """K = V; None means D / H."""
+    window_size: int | None = None
+    """How many tokens a query sees, its own included; None means all."""
+    rope_theta: float | None = 10000.0
+    """Base of the rotary embedding; None leaves positions out."""
+    rope_scaling: dict | None = None
+    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    qkv_bias: bool = False
+    """Biases on the q, k and v projections."""
+    qk_norm: bool = False
+    """An RMSNorm over each head's queries and keys."""
+    norm_eps: float = 1e-6
+    """eps of those norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("num_kv_heads", "head_dim", "window_size"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
+        check_positive_number("norm_eps", self.norm_eps)
+        check_heads(self.num_heads, self.num_kv_heads)
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim to be "
+                f"given), got {self.num_heads}"
+            )
+        check_flags(self)
+        check_rope(self.rope_theta, self.rope_scaling, self.width)
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def width(self) -> int:
+        """K = V."""
+        return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+
+
+def check_positive_number(name: str, value: object) -> None:
+    if not is_number(value) or not float(str(value)) > 0:
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None) -> None:
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+        )
+
+
+def check_flags(options: object) -> None:
+    for field in fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if field.type in (bool, "bool") and not isinstance(value, bool):
+            raise ValueError(f"{field.name}: expected True or False, got {value!r}")
+
+
+def check_rope(theta: object, scaling: dict | None, width: int) -> None:
+    """Refuses a rotation that could not be applied as it stands."""
+    if theta is None:
+        if scaling is not None:
+            raise ValueError(
+                "rope_scaling: expected None without rope_theta (no rotation to scale)"
+            )
+        return
+    check_positive_number("rope_theta", theta)
+    if width % 2:
+        raise ValueError(f"rope_theta: expected an even head width to rotate, got {width}")
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
+    check_choice("rope_scaling['rope_type']", kind, ROPE_TYPES)
+    wanted = {"default": set(), "linear": {"factor"}}.get(
+        str(kind),
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    )
+    if set(scaling) != wanted | {"rope_type"}:
+        raise ValueError(
+            f"rope_scaling: expected the keys {sorted(wanted | {'rope_type'})} for {kind!r}, got "
+            f"{sorted(scaling)}"
+        )
+    for name in wanted:
+        check_positive_number(f"rope_scaling[{name!r}]", scaling[name])

@@ -1,0 +1,73 @@
+"""A causal depthwise convolution over the last few tokens, that knows padding and documents."""
+
+import torch
+from torch import Tensor, nn
+
+from gsa.layers.token_layout import TokenLayout
+
+
+class ShortConvolution(nn.Module):
+    """y_t = Σ_j weight[:, j] · x_{t-j}, j = 0 … conv_size-1, channel by channel.
+
+    `t-j` counts real tokens of the same sequence: padding is stepped over, and nothing crosses the
+    border of a packed document. No activation: the feature map that follows is the only one.
+
+    Args:
+        width: number of channels.
+        conv_size: taps, >= 2; the tail to carry between calls is [B, conv_size-1, width].
+    """
+
+    def __init__(self, width: int, conv_size: int):
+        super().__init__()
+        self.conv_size = conv_size
+        self.weight = nn.Parameter(torch.empty(width, conv_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.weight, -(self.conv_size**-0.5), self.conv_size**-0.5)
+
+    def forward(
+        self, x_BTD: Tensor, layout: TokenLayout, tail: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the convolved [B, T, width] and the tail for the next call."""
+        history, order = _real_tokens_first(x_BTD, layout.pads, tail, self.conv_size)
+        T, newest = x_BTD.shape[1], self.conv_size - 1
+        position_T = layout.positions[0] if layout.documents is not None else None
+        y = history[:, newest:] * self.weight[:, 0]
+        for j in range(1, self.conv_size):
+            shifted = history[:, newest - j : newest - j + T]
+            if position_T is not None:
+                shifted = shifted * (position_T >= j)[:, None].to(shifted.dtype)
+            y = y + shifted * self.weight[:, j]
+        if order is not None:
+            y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
+        return y.to(x_BTD.dtype), _last_real_tokens(history, layout.pads, self.conv_size)
+
+
+def next_tail(x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size: int) -> Tensor:
+    """The tail after tokens x, given the one before them (None at the start)."""
+    history, _ = _real_tokens_first(x_BTD, pads, tail, conv_size)
+    return _last_real_tokens(history, pads, conv_size)
+
+
+def _real_tokens_first(
+    x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """The tail and then the tokens, real ones first and in order; and that order, if not T's own."""
+    B, _, width = x_BTD.shape
+    order = None
+    if pads is not None:
+        order = pads.to(torch.int8).argsort(dim=1, stable=True)
+        x_BTD = x_BTD.gather(1, order[..., None].expand_as(x_BTD))
+    if tail is None:
+        tail = x_BTD.new_zeros(B, conv_size - 1, width)
+    return torch.cat([tail.to(x_BTD.dtype), x_BTD], 1), order
+
+
+def _last_real_tokens(history: Tensor, pads: Tensor | None, conv_size: int) -> Tensor:
+    if pads is None:
+        # A copy: a view would keep the whole history alive in a cache.
+        return history[:, history.shape[1] - conv_size + 1 :].clone()
+    first = (~pads).sum(1, keepdim=True)
+    index = first + torch.arange(conv_size - 1, device=history.device)
+    return history.gather(1, index[..., None].expand(-1, -1, history.shape[2]))

@@ -1,0 +1,205 @@
+"""The gated slot attention layer: projections, gate, the operator, output norm."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsa.layers.feature_map import FeatureMap
+from gsa.layers.gate import StaticGate, abc_gate, forget_gate
+from gsa.layers.norm import RMSNorm
+from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.rope import rotate
+from gsa.layers.short_convolution import ShortConvolution, next_tail
+from gsa.layers.token_layout import TokenLayout
+from gsa.ops import gated_slot_attention, gated_slot_step
+from gsa.ops.types import Impl
+
+State = dict[str, Tensor]
+"""What a mixer carries from one call to the next; every tensor has the batch first."""
+
+
+class MixerOutput(NamedTuple):
+    """What a token mixer returns.
+
+    output: [B, T, D].
+    state: what the next call needs.
+    step: the token-wise quantities [B, T, …] from which that state can be made again.
+    """
+
+    output: Tensor
+    state: State
+    step: State
+
+
+class GatedSlotAttention(nn.Module):
+    """Token mixing through a memory of M slots per head ("Gated Slot Attention", §3.3, Eqs. 6-9).
+
+        q, k, v = swish(W_q x), swish(W_k x), swish(W_v x)      f = sigmoid(W_f x)^(1/tau)
+        y       = W_o( RMSNorm( swish( concat over heads of slot_attention(q, k, v, f) ) ) )
+
+    with one RMSNorm over all heads together. What may be varied is in `SlotAttentionOptions`.
+
+    State: memory [B, G, M, K+V] in fp32; with an abc gate also normalizer [B, G, M]; with short
+    convolutions also {q,k,v}_tail [B, conv_size-1, width]. Its size does not depend on T.
+
+    Attributes:
+        impl: which implementation of the operator to use; see `gsa.ops.gated_slot_attention`.
+    """
+
+    impl: Impl = "auto"
+
+    def __init__(self, options: SlotAttentionOptions):
+        super().__init__()
+        self.options = options
+        D, H, G = options.hidden_size, options.num_heads, options.kv_heads
+        K, V, M = options.key_width, options.value_width, options.slots
+        self.q_proj = nn.Linear(D, H * K, bias=options.qkv_bias)
+        self.k_proj = nn.Linear(D, G * K, bias=options.qkv_bias)
+        self.v_proj = nn.Linear(D, G * V, bias=options.qkv_bias)
+        self.o_proj = nn.Linear(H * V, D, bias=False)
+        if options.gate == "data_independent":
+            self.f_proj = StaticGate(G, M)
+        else:
+            self.f_proj = nn.Linear(D, G * M, bias=False)
+        if options.use_short_conv:
+            self.q_conv1d = ShortConvolution(H * K, options.conv_size)
+            self.k_conv1d = ShortConvolution(G * K, options.conv_size)
+            self.v_conv1d = ShortConvolution(G * V, options.conv_size)
+        if options.qk_norm:
+            self.q_norm = RMSNorm(K, options.norm_eps)
+            self.k_norm = RMSNorm(K, options.norm_eps)
+        self.feature_map = FeatureMap(options.feature_map, K)
+        if options.output_norm:
+            self.g_norm = RMSNorm(H * V, options.output_norm_eps, affine=options.elementwise_affine)
+        if options.output_gate:
+            self.g_proj = nn.Linear(D, H * V, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, layout: TokenLayout | None = None, state: State | None = None
+    ) -> MixerOutput:
+        """Mixes tokens x [B, T, D].
+
+        Args:
+            layout: positions, padding, documents; None means plain rows without padding.
+            state: as returned for the tokens before; None at the start. Not modified.
+        """
+        if layout is None:
+            layout = TokenLayout.of_rows(x_BTD.shape[1], x_BTD.device)
+        state = {} if state is None else state
+        q, k, v, step, after = self._project(x_BTD, layout, state)
+        log_forget, write, normalizer = self._gate(x_BTD, layout, state.get("normalizer"))
+        step |= {"k": k, "v": v, "log_forget": log_forget}
+        if write is not None and normalizer is not None:
+            step |= {"write": write, "normalizer": normalizer}
+            after["normalizer"] = normalizer[:, -1].clone()
+        output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
+        return MixerOutput(self._combine(output, x_BTD), after, step)
+
+    def _project(
+        self, x: Tensor, layout: TokenLayout, state: State
+    ) -> tuple[Tensor, Tensor, Tensor, State, State]:
+        """Queries, keys, values by head; and, with short convolutions, their inputs and tails."""
+        options, step, after = self.options, {}, {}
+        projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
+        if options.use_short_conv:
+            step = {f"{name}_input": value for name, value in projected.items()}
+            if layout.pads is not None:
+                step["pads"] = layout.pads
+            for name, conv in zip(
+                "qkv", (self.q_conv1d, self.k_conv1d, self.v_conv1d), strict=True
+            ):
+                tail = state.get(f"{name}_tail")
+                projected[name], after[f"{name}_tail"] = conv(projected[name], layout, tail)
+        q = projected["q"].unflatten(-1, (options.num_heads, options.key_width))
+        k = projected["k"].unflatten(-1, (options.kv_heads, options.key_width))
+        v = projected["v"].unflatten(-1, (options.kv_heads, options.value_width))
+        if options.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.feature_map(q), self.feature_map(k)
+        if options.value_activation == "swish":
+            v = F.silu(v)
+        if options.rope_theta is not None:
+            rotation = (layout.positions, options.rope_theta, options.rope_scaling)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return q, k, v, step, after
+
+    def _gate(
+        self, x: Tensor, layout: TokenLayout, normalizer: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(log_forget, write, normalizer); write None means 1 - f."""
+        options = self.options
+        logits_BTGM = self.f_proj(x).unflatten(-1, (options.kv_heads, options.slots))
+        if options.gate in ("abc", "abc_printed"):
+            return abc_gate(logits_BTGM, layout, normalizer, decay=options.gate == "abc")
+        return forget_gate(logits_BTGM, options.gate_logit_normalizer, layout.pads), None, None
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_forget: Tensor,
+        write: Tensor | None,
+        layout: TokenLayout,
+        state: State,
+    ) -> tuple[Tensor, Tensor]:
+        scale, activation = self.options.score_scale, self.options.slot_activation
+        memory = state.get("memory")
+        if q.shape[1] == 1 and memory is not None and not torch.is_grad_enabled():
+            return gated_slot_step(
+                q,
+                k,
+                v,
+                log_forget,
+                memory,
+                write=write,
+                scale=scale,
+                slot_activation=activation,
+                impl=self.impl,
+            )
+        return gated_slot_attention(
+            q,
+            k,
+            v,
+            log_forget,
+            write=write,
+            scale=scale,
+            slot_activation=activation,
+            initial_memory=memory,
+            cu_seqlens=layout.cu_seqlens,
+            impl=self.impl,
+        )
+
+    def _combine(self, output_BTHV: Tensor, x: Tensor) -> Tensor:
+        output = F.silu(output_BTHV.flatten(2))
+        if self.options.output_norm:
+            output = self.g_norm(output)
+        if self.options.output_gate:
+            output = output * F.silu(self.g_proj(x))
+        return self.o_proj(output)
+
+
+def replay_slots(options: SlotAttentionOptions, state: State | None, step: State) -> State:
+    """The state after the tokens of `step`, given the state before them (None at the start).
+
+    A recurrent memory cannot be cut back; what is kept of a rejected continuation is written again.
+    """
+    state = {} if state is None else state
+    k, after = step["k"], {}
+    if options.use_short_conv:
+        for name in "qkv":
+            inputs, tail = step[f"{name}_input"], state.get(f"{name}_tail")
+            after[f"{name}_tail"] = next_tail(inputs, step.get("pads"), tail, options.conv_size)
+    if "normalizer" in step:
+        after["normalizer"] = step["normalizer"][:, -1].clone()
+    after["memory"] = gated_slot_attention(
+        torch.zeros_like(k),
+        k,
+        step["v"],
+        step["log_forget"],
+        write=step.get("write"),
+        initial_memory=state.get("memory"),
+    ).memory
+    return after

@@ -1,0 +1,52 @@
+"""Where each token of a batch stands: made once per forward pass, read by every layer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gsa.ops.reference import sequence_of_token
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Positions, padding and document boundaries of a batch [B, T].
+
+    positions: int64 [B, T] (or [1, T], shared by all rows), counted from the start of each
+        sequence over real tokens only; -1 at padding.
+    pads: bool [B, T], True at padding; None if there is none.
+    cu_seqlens: [S+1], for sequences packed in one row; None otherwise.
+    documents: int64 [T], the index of each packed token's sequence; None unless packed.
+    """
+
+    positions: Tensor
+    pads: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    documents: Tensor | None = None
+
+    @staticmethod
+    def of_rows(
+        tokens: int, device: torch.device, *, past: int = 0, attention_mask: Tensor | None = None
+    ) -> "TokenLayout":
+        """Layout of a batch of rows.
+
+        Args:
+            tokens: T, how many tokens are given now.
+            past: how many columns a cache has seen before them, padding included.
+            attention_mask: [B, past+T], or [B, T] if past is 0; 0 at padding, anywhere.
+        """
+        if attention_mask is None:
+            return TokenLayout(torch.arange(past, past + tokens, device=device)[None])
+        real = attention_mask.to(device=device, dtype=torch.bool)
+        positions = (real.cumsum(1) - 1)[:, real.shape[1] - tokens :]
+        pads = ~real[:, real.shape[1] - tokens :]
+        return TokenLayout(positions.masked_fill(pads, -1), pads)
+
+    @staticmethod
+    def of_packed(tokens: int, device: torch.device, cu_seqlens: Tensor) -> "TokenLayout":
+        """Layout of one row in which the sequences delimited by `cu_seqlens` follow each other."""
+        bounds = cu_seqlens.to(device)
+        documents = sequence_of_token(bounds, tokens)
+        start = bounds.long().index_select(0, documents)
+        positions = torch.arange(tokens, device=device) - start
+        return TokenLayout(positions[None], cu_seqlens=cu_seqlens, documents=documents)
