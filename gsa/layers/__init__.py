@@ -1,4 +1,4 @@
-"""What the model is built of: token mixers, norms, the MLP. Plain torch modules on top of `gsa.ops`.
+"""What the model is built of: token mixers, norms, the MLP. Plain torch on top of `gsa.ops`.
 
     from gsa.layers import GatedSlotAttention
 

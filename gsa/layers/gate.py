@@ -17,8 +17,8 @@ NO_TOKENS = -1e30
 class StaticGate(nn.Module):
     """Gate logits that ignore the token: one learned number per key/value head and slot.
 
-    Spread over [0, 6] at the start, a half-life of about 8 to 2000 tokens at tau = 8: slots that start
-    equal would stay equal, since nothing else tells them apart.
+    Spread over [0, 6] at the start, a half-life of about 8 to 2000 tokens at tau = 8: slots that
+    start equal would stay equal, since nothing else tells them apart.
     """
 
     def __init__(self, heads: int, slots: int):

@@ -79,15 +79,15 @@ class SlotAttentionOptions:
         check_heads(self.num_heads, self.num_kv_heads)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim to be "
-                f"given), got {self.num_heads}"
+                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim "
+                f"to be given), got {self.num_heads}"
             )
         for name in ("expand_k", "expand_v"):
             width = self._head_dim * getattr(self, name)
             if abs(width - round(width)) > 1e-6 or round(width) < 1:
                 raise ValueError(
-                    f"{name}: expected a factor that makes head_dim = {self._head_dim} a whole number "
-                    f">= 1, got {getattr(self, name)}"
+                    f"{name}: expected a factor that makes head_dim = {self._head_dim} a whole "
+                    f"number >= 1, got {getattr(self, name)}"
                 )
         check_choice("gate", self.gate, GATES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
@@ -165,8 +165,8 @@ class SoftmaxAttentionOptions:
         check_heads(self.num_heads, self.num_kv_heads)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim to be "
-                f"given), got {self.num_heads}"
+                f"num_heads: expected a divisor of hidden_size = {self.hidden_size} (or head_dim "
+                f"to be given), got {self.num_heads}"
             )
         check_flags(self)
         check_rope(self.rope_theta, self.rope_scaling, self.width)

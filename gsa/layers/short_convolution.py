@@ -53,7 +53,7 @@ def next_tail(x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size
 def _real_tokens_first(
     x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The tail and then the tokens, real ones first and in order; and that order, if not T's own."""
+    """The tail and then the tokens, real ones first; and their order, if it is not T's own."""
     B, _, width = x_BTD.shape
     order = None
     if pads is not None:

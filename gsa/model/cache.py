@@ -80,13 +80,15 @@ class Snapshot:
 class GSACache(Cache):
     """The state of a whole model: `layers[i].state`, tensors by name, batch first.
 
-    Slot layers hold a memory, with an abc gate its normaliser, with short convolutions their tails:
-    a size that does not depend on how much was read. Softmax layers of a hybrid hold keys and values,
-    with a window at most window_size - 1 of them.
+    Slot layers hold a memory, with an abc gate its normaliser, with short convolutions their
+    tails: a size that does not depend on how much was read. Softmax layers of a hybrid hold keys
+    and values, with a window at most window_size - 1 of them.
 
     Args:
         config: the model's.
     """
+
+    layers: list[LayerCache]  # type: ignore[assignment]
 
     def __init__(self, config: GSAConfig):
         self.length = 0
@@ -121,7 +123,7 @@ class GSACache(Cache):
         self.length, self.recorded = snapshot.length, 0
 
     def fork(self) -> "GSACache":
-        """An independent cache that continues from the same state; what one reads, the other does not."""
+        """An independent cache with the same state: what one reads, the other does not."""
         twin = object.__new__(GSACache)
         twin.__dict__.update(self.__dict__)
         twin.layers = [LayerCache(layer.options) for layer in self.layers]
@@ -132,8 +134,8 @@ class GSACache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens: -n removes n, a positive number is the length to keep.
 
-        Only tokens read since `activate_past_recording` (or the last crop) can be removed: a recurrent
-        memory is not cut, it is taken from before them and the tokens kept are written into it again.
+        Only tokens read since `activate_past_recording` (or the last crop) can be removed: a
+        recurrent memory is not cut, it is taken from before them and those kept are written again.
         """
         remove = -tokens_to_remove
         if tokens_to_remove > 0:
@@ -141,8 +143,8 @@ class GSACache(Cache):
         if remove > self.recorded:
             raise ValueError(
                 f"tokens_to_remove: expected at most the {self.recorded} tokens recorded since "
-                f"activate_past_recording() or the last crop, got {remove}; for longer ways back, take "
-                "a snapshot() before and restore() it"
+                f"activate_past_recording() or the last crop, got {remove}; for longer ways back, "
+                "take a snapshot() before and restore() it"
             )
         for layer in self.layers:
             if remove:

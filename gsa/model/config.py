@@ -14,8 +14,11 @@ from gsa.layers.options import (
 )
 
 DEAD_KEYS = frozenset(
-    "clamp_max clamp_min conv_bias fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu "
-    "gate_fn gate_low_rank_dim mode share_conv_kernel use_l2warp use_norm use_output_gate".split()
+    (
+        *("clamp_min", "clamp_max", "gate_fn", "gate_low_rank_dim", "mode", "use_norm"),
+        *("use_output_gate", "conv_bias", "share_conv_kernel", "use_l2warp", "fuse_norm"),
+        *("fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy"),
+    )
 )
 """Keys of published configs that never changed what a GSA model computes, whatever their value."""
 
@@ -23,16 +26,22 @@ KEYS_DEAD_WHEN_OFF = ("attnres_block_size", "use_rope")
 """Keys of published configs that would change the model if they were set; they never are."""
 
 LEGACY_BASE_KEYS = frozenset(
-    "add_cross_attention auto_map cross_attention_hidden_size decoder_start_token_id finetuning_task "
-    "is_composition is_decoder label_smoothing model_type name_or_path num_labels output_attentions "
-    "prefix pruned_heads quantization_config sep_token_id task_specific_params tf_legacy_loss "
-    "tie_encoder_decoder tokenizer_class torch_dtype torchscript use_bfloat16".split()
+    (
+        *("add_cross_attention", "auto_map", "cross_attention_hidden_size", "finetuning_task"),
+        *("decoder_start_token_id", "is_composition", "is_decoder", "label_smoothing"),
+        *("model_type", "name_or_path", "num_labels", "output_attentions", "prefix"),
+        *("pruned_heads", "quantization_config", "sep_token_id", "task_specific_params"),
+        *("tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "torch_dtype"),
+        *("torchscript", "use_bfloat16", "attn_implementation", "experts_implementation"),
+        *("use_return_dict", "return_dict_in_generate", "revision", "unk_token_id"),
+    )
 )
 """Keys that every transformers config may carry, now or from before version 5."""
 
 ATTENTION_KEYS = (
-    "layers num_heads num_kv_heads head_dim window_size rope_theta rope_scaling qkv_bias qk_norm"
-).split()
+    *("layers", "num_heads", "num_kv_heads", "head_dim", "window_size"),
+    *("rope_theta", "rope_scaling", "qkv_bias", "qk_norm"),
+)
 
 
 class GSAConfig(PreTrainedConfig):
@@ -43,14 +52,15 @@ class GSAConfig(PreTrainedConfig):
     unknown key raises ValueError. The fields of the token mixer are described in
     `gsa.layers.options.SlotAttentionOptions`. The rest:
 
-        hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two thirds
-            of hidden_size · hidden_ratio, rounded up to a multiple of 256.
+        hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
+            thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256.
         hidden_act: "swish" (or its other name, "silu"), the only activation of the gated MLP.
-        norm_eps: eps of the norms in the residual stream. output_norm_eps: eps of the norm before each
-            output projection. Where it is None: norm_eps for a config with `norm_first` (September
-            2024), else 1e-5, which is what those checkpoints were run with. Saved as a number.
-        attn: layers that use softmax attention instead: {"layers": [...], "num_heads": ...} and further
-            keys of `gsa.layers.options.SoftmaxAttentionOptions`; or a list of such.
+        norm_eps: eps of the norms in the residual stream.
+        output_norm_eps: eps of the norm before each output projection, saved as a number. Where
+            None: norm_eps for a config with `norm_first` (September 2024), else 1e-5, as those
+            checkpoints were run; weights under the names of 2025 settle it to 1e-5 when loaded.
+        attn: layers that use softmax attention instead: {"layers": [...], "num_heads": ...} and
+            further keys of `gsa.layers.options.SoftmaxAttentionOptions`; or a list of such.
         sliding_window: window of the softmax layers that name none of their own.
         max_position_embeddings: the length trained for. The model has no limit; generation and
             evaluation read it.
@@ -106,6 +116,8 @@ class GSAConfig(PreTrainedConfig):
         super().__post_init__(**self._without_dead_keys(kwargs))
         if self.output_norm_eps is None:
             self.output_norm_eps = self.norm_eps if norm_first else 1e-5
+            if norm_first:
+                self._eps_follows_layout = True
         self._check()
         # What transformers' own tools ask to know how each layer keeps its past.
         self.layer_types = [
@@ -117,6 +129,24 @@ class GSAConfig(PreTrainedConfig):
         """As in transformers, but overridden fields are checked together with the others."""
         given = {name: kwargs.pop(name) for name in _own_fields() & set(kwargs)}
         return super().from_dict(config_dict | given, **kwargs)
+
+    def settle_output_norm_eps(self) -> bool:
+        """Corrects an output_norm_eps guessed from `norm_first`, once weights of 2025 were seen.
+
+        A config of September 2024 that flash-linear-attention has loaded and saved again still says
+        norm_first, but stands beside weights under the new names, which it runs at 1e-5.
+
+        Returns:
+            whether output_norm_eps was a guess, and may have changed.
+        """
+        if not self.__dict__.pop("_eps_follows_layout", False):
+            return False
+        self.output_norm_eps = 1e-5
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; a guess about the weights is not saved."""
+        return {key: v for key, v in super().to_dict().items() if key != "_eps_follows_layout"}
 
     def _without_dead_keys(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Drops what is known to do nothing, takes over misspelt keys, refuses what is unknown."""
@@ -143,8 +173,8 @@ class GSAConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(
                 f"GSAConfig: unknown key {', '.join(map(repr, unknown))}; expected its fields "
-                f"({', '.join(sorted(_own_fields()))}) or a key every transformers config may have. "
-                "Correct the spelling or remove it: an unknown key would change nothing"
+                f"({', '.join(sorted(_own_fields()))}) or a key every transformers config may "
+                "have. Correct the spelling or remove it: an unknown key would change nothing"
             )
         return kept
 
@@ -174,8 +204,8 @@ class GSAConfig(PreTrainedConfig):
         for spec in self._attention_specs():
             if not isinstance(spec, dict) or not {"layers", "num_heads"} <= set(spec):
                 raise ValueError(
-                    "attn: expected None, a dict with at least 'layers' and 'num_heads', or a list of "
-                    f"such dicts, got {spec!r}"
+                    "attn: expected None, a dict with at least 'layers' and 'num_heads', or a list "
+                    f"of such dicts, got {spec!r}"
                 )
             unknown = sorted(set(spec) - set(ATTENTION_KEYS))
             if unknown:
@@ -185,15 +215,16 @@ class GSAConfig(PreTrainedConfig):
             for layer in spec["layers"]:
                 if not isinstance(layer, int) or not 0 <= layer < self.num_hidden_layers:
                     raise ValueError(
-                        f"attn['layers']: expected numbers in [0, {self.num_hidden_layers}), got {layer!r}"
+                        f"attn['layers']: expected numbers below {self.num_hidden_layers}, got "
+                        f"{layer!r}"
                     )
                 if layer in seen:
                     raise ValueError(f"attn['layers']: expected each layer once, got {layer} twice")
                 seen.add(layer)
         if self.sliding_window is not None and not seen:
             raise ValueError(
-                "sliding_window: expected None without softmax layers in attn (a slot memory has no "
-                f"window), got {self.sliding_window}"
+                "sliding_window: expected None without softmax layers in attn (a slot memory has "
+                f"no window), got {self.sliding_window}"
             )
 
     def _attention_specs(self) -> list:

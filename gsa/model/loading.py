@@ -20,10 +20,13 @@ def is_old_layout(names: Iterable[str]) -> bool:
 
 def to_new_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Renames the pre-norms and splits each `mlp.gate_proj` [2F, D] into gate (first) and up."""
-    converted = {}
-    for name, tensor in weights.items():
+    converted: dict[str, Tensor] = {}
+    for old_name, tensor in weights.items():
+        name = old_name
         for pattern, replacement in _RENAMED:
             name = pattern.sub(replacement, name)
+        if name != old_name and name in weights:
+            raise ValueError(f"{old_name}: expected this or {name}, its name since 2025, got both")
         up_name = name.replace("gate_proj", "up_proj")
         if _GATE.search(name) and up_name not in weights:
             if tensor.shape[0] % 2:
@@ -64,15 +67,18 @@ def check_loaded(where: object, info: dict, *, allowed: tuple[str, ...] = ()) ->
         info: what transformers reports: missing_keys, unexpected_keys, mismatched_keys.
         allowed: prefixes of weights that may be left over.
     """
-    unexpected = [
-        name for name in info["unexpected_keys"] if not name.startswith(allowed or ("\0",))
-    ]
     problems = [
-        *(f"no place in the model for {name}" for name in sorted(unexpected)),
-        *(f"no weight in the checkpoint for {name}" for name in sorted(info["missing_keys"])),
+        f"no place in the model for {name}"
+        for name in sorted(info["unexpected_keys"])
+        if not any(name.startswith(prefix) for prefix in allowed)
+    ]
+    problems += [f"no weight in the checkpoint for {name}" for name in sorted(info["missing_keys"])]
+    problems += [
+        f"{name} has shape {list(came)} where the model has {list(wanted)}"
+        for name, came, wanted in sorted(info["mismatched_keys"])
     ]
     if problems:
         raise ValueError(
-            f"{where}: expected weights that fit the config, got: {'; '.join(problems)}. Load it with "
-            "the config it was saved with"
+            f"{where}: expected weights that fit the config, got: {'; '.join(problems)}. Load it "
+            "with the config it was saved with"
         )

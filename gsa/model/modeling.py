@@ -58,10 +58,11 @@ class GSABlock(GradientCheckpointingLayer):
 class GSAPreTrainedModel(PreTrainedModel):
     """Initialisation and loading, shared by the bare model and the language model."""
 
+    config: GSAConfig
     config_class = GSAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("GSABlock",)
+    _no_split_modules = ["GSABlock"]  # noqa: RUF012
     _input_embed_layer = "embeddings"
     _weights_that_may_be_left_over: tuple[str, ...] = ()
 
@@ -90,27 +91,26 @@ class GSAPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but every weight must find its place and every place its weight.
 
-        Reads safetensors only. Checkpoints with the weight names of September 2024 are recognised by
-        their keys, renamed and split.
+        Reads safetensors only. Weights under the names of September 2024 are recognised by them,
+        renamed and split; their output norm runs at the config's eps, that of later ones at 1e-5.
 
         Raises:
-            ValueError: naming the weights that are missing or left over, or a tied head that differs.
-            RuntimeError: naming the weights of another shape.
+            ValueError: naming the weights that are missing, left over or of another shape, or a
+                tied head that differs from the embedding.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         where = pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         check_loaded(where, info, allowed=cls._weights_that_may_be_left_over)
         head = model.get_output_embeddings()
-        if model.config.tie_word_embeddings and head is not None:
-            if head.weight is not model.get_input_embeddings().weight:
-                raise ValueError(
-                    f"{where}: tie_word_embeddings: expected False, since lm_head.weight and "
-                    "model.embeddings.weight differ, got True"
-                )
+        tied = head is None or head.weight is model.get_input_embeddings().weight
+        if model.config.tie_word_embeddings and not tied:
+            raise ValueError(
+                f"{where}: tie_word_embeddings: expected False, since lm_head.weight and "
+                "model.embeddings.weight differ, got True"
+            )
         return (model, info) if wants_info else model
 
     @staticmethod
@@ -121,10 +121,15 @@ class GSAPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if state_dict is None and checkpoint_files and is_old_layout(read_names(checkpoint_files)):
-            state_dict, checkpoint_files = read_weights(checkpoint_files), None
-        if state_dict is not None and is_old_layout(state_dict):
+        names = read_names(checkpoint_files or []) if state_dict is None else list(state_dict)
+        if is_old_layout(names):
+            if state_dict is None:
+                state_dict, checkpoint_files = read_weights(checkpoint_files or []), None
             state_dict = to_new_layout(state_dict)
+        elif model.config.settle_output_norm_eps():
+            for module in model.modules():
+                if isinstance(module, GatedSlotAttention) and module.options.output_norm:
+                    module.g_norm.eps = model.config.output_norm_eps
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, *args, **kwargs
         )
@@ -273,8 +278,8 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
             logits_to_keep: only the logits of the last n tokens, or of the given indices; 0 is all.
             num_items_in_batch: divides the summed loss instead of the number of labels here; for
                 gradient accumulation.
-            Others as in `GSAModel.forward`; cu_seqlens does not mask labels at boundaries, the first
-            label of each document should be -100.
+            Others as in `GSAModel.forward`; cu_seqlens does not mask labels at boundaries: the
+            first label of each document should be -100.
         """
         if output_attentions:
             raise ValueError(
