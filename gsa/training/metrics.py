@@ -1,0 +1,61 @@
+"""metrics.jsonl: one JSON line per step and per validation, no step twice however often resumed."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends lines to a run's metrics.jsonl, after dropping those past the step it resumes from.
+
+    after_step, validated: the last step, and the last validated step, that the run has behind it.
+    Numbers that are not finite are written as null: NaN is no JSON.
+    """
+
+    def __init__(self, folder: Path, *, after_step: int, validated: int) -> None:
+        path = folder / METRICS
+        if path.exists():
+            os.truncate(path, _length_up_to(path, after_step, validated))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: Any) -> None:
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Force the lines to disk: a checkpoint must not be ahead of them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines of a run: (training steps, validations)."""
+    with (folder / METRICS).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
+
+
+def _length_up_to(path: Path, step: int, validated: int) -> int:
+    """The length in bytes of the whole lines up to that step."""
+    length = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                keep = row["step"] <= (validated if "val_loss" in row else step)
+            except (ValueError, KeyError, TypeError):
+                keep = False
+            if not keep or not line.endswith(b"\n"):
+                break
+            length += len(line)
+    return length

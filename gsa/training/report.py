@@ -1,0 +1,195 @@
+"""The run's two pages for people: curve.png and report.md."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import gsa
+from gsa.data import TokenShards
+from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
+from gsa.training.config import TrainConfig
+from gsa.training.export import export_model
+from gsa.training.files import write_text
+from gsa.training.metrics import read_metrics
+
+CURVE = "curve.png"
+REPORT = "report.md"
+_SAMPLE_TOKENS = 400
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its settings."""
+    return {
+        "gated-slots": gsa.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def token_unit(shards: TokenShards) -> str:
+    """What one token of the shards is: "byte" for the byte tokenizer, else "token"."""
+    return "byte" if (shards.vocab_size, shards.eos_id) == (VOCAB_SIZE, EOS_ID) else "token"
+
+
+def smoothed(values: list[float], weight: float) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    result, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        result.append(mean / total)
+    return result
+
+
+def draw_curve(folder: Path, unit: str) -> None:
+    """curve.png: training loss (faint as measured, bold smoothed) and held-out loss over tokens."""
+    from matplotlib.figure import Figure
+
+    steps, validations = read_metrics(folder)
+    steps = [row for row in steps if row["loss"] is not None]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    tokens = [row["tokens"] for row in steps]
+    losses = [row["loss"] for row in steps]
+    axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    weight = max(0.0, 1 - 20 / max(len(losses), 1))
+    axes.plot(tokens, smoothed(losses, min(weight, 0.98)), color="tab:blue", label="training")
+    if validations:
+        at = [row["tokens"] for row in validations]
+        held_out = [row["val_loss"] for row in validations]
+        label = f"held out (final {held_out[-1]:.3f})"
+        axes.plot(at, held_out, "o-", color="tab:orange", markersize=4, label=label)
+    shown = sorted(losses)[: max(1, int(len(losses) * 0.98))]  # the first steps' height says little
+    if shown:
+        axes.set_ylim(min(losses) * 0.95, shown[-1] * 1.05)
+    axes.set_xlabel(f"{unit}s seen")
+    axes.set_ylabel(f"loss, nats per {unit}")
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    beside = folder / f".{CURVE}.incomplete"
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(folder / CURVE)
+
+
+@torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
+    """The prompt and a continuation at temperature 0.8; torch's generator is left as it was."""
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = model.generate(
+                ids.to(model.device),
+                max_new_tokens=_SAMPLE_TOKENS,
+                do_sample=True,
+                temperature=0.8,
+                top_k=0,
+            )
+    finally:
+        model.train(was_training)
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def report_text(
+    config: TrainConfig,
+    *,
+    model: Any,
+    train: TokenShards,
+    validation: TokenShards | None,
+    state: dict[str, Any],
+    command: str,
+    continuation: str,
+) -> str:
+    """The text of report.md."""
+    unit = token_unit(train)
+    parameters = sum(p.numel() for p in model.parameters())
+    minutes = state["seconds"] / 60
+    rows = [
+        ("parameters", f"{parameters:,}"),
+        ("steps", f"{state['step']:,} ({state['skipped']:,} skipped: loss or gradient not finite)"),
+        (f"{unit}s seen", f"{state['tokens']:,} ({state['tokens'] / train.num_tokens:.2f} epochs)"),
+        ("training time", f"{minutes:.1f} minutes, validation apart"),
+        ("speed", f"{state['tokens'] / max(state['seconds'], 1e-9):,.0f} {unit}s per second"),
+    ]
+    if validation is not None:
+        final = f"**{state['val_loss']:.4f}** nats per {unit}, over {state['val_tokens']:,} {unit}s"
+        best = f"{state['best_val_loss']:.4f} at step {state['best_val_step']:,}"
+        rows += [("final held-out loss", final), ("best held-out loss on the way", best)]
+    rows += list(versions().items())
+    parts = [
+        f"# {config.name}",
+        "A Gated Slot Attention language model, trained from random weights.",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
+        f"![loss over {unit}s seen]({CURVE})",
+    ]
+    if command:
+        parts.append(f"Command: `{command}`")
+    parts.append(f"## Training text\n\n{_sources(train, unit)}")
+    if validation is not None:
+        parts.append(f"## Held-out text\n\n{_sources(validation, unit)}")
+    if continuation:
+        parts.append(f"## A continuation\n\nOf {config.prompt!r}:\n\n{_quoted(continuation)}")
+    settings = config.to_dict()
+    lines = [f"| {key} | {value!r} |" for key, value in settings.items() if key != "model"]
+    lines += [f"| model.{key} | {value!r} |" for key, value in config.model.items()]
+    parts.append("## Settings\n\n" + "\n".join(["| | |", "|---|---|", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def finish(
+    folder: Path,
+    *,
+    config: TrainConfig,
+    model: Any,
+    train: TokenShards,
+    validation: TokenShards | None,
+    state: dict[str, Any],
+    command: str,
+) -> None:
+    """Put the final model, the curve and, last, the report into the run folder."""
+    export_model(folder, model, train.tokenizer_folder)
+    draw_curve(folder, token_unit(train))
+    continuation = ""
+    if config.prompt:
+        continuation = sample(model, train.load_tokenizer(), config.prompt, config.seed)
+    text = report_text(
+        config,
+        model=model,
+        train=train,
+        validation=validation,
+        state=state,
+        command=command,
+        continuation=continuation,
+    )
+    write_text(folder / REPORT, text)
+
+
+def _sources(shards: TokenShards, unit: str) -> str:
+    lines = [
+        f"- {source['name']} ({source['tokens']:,} {unit}s"
+        + (f", {source['documents']:,} documents)" if source["documents"] > 1 else ")")
+        for source in shards.sources
+    ]
+    if len(lines) > 100:
+        lines = [*lines[:100], f"- and {len(lines) - 100} more files"]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    # Indented code: nothing in the text can be taken for Markdown.
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

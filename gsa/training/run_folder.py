@@ -1,0 +1,116 @@
+"""The run folder: what may be trained into it, and from which checkpoint a run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gsa.data import TokenShards
+from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
+from gsa.training.config import TrainConfig
+from gsa.training.errors import RunError
+from gsa.training.export import WEIGHTS
+from gsa.training.lock import LOCK
+from gsa.training.report import REPORT
+
+SETTINGS = "train.json"
+CHECKPOINTS = "checkpoints"
+
+
+def open_run_folder(out: str) -> Path:
+    """The folder, made if need be; RunError if it holds something that is no run."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"out: expected a folder, got the file {folder}")
+    if folder.is_dir() and not (folder / SETTINGS).is_file():
+        others = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+        if others:
+            raise RunError(
+                f"out: {folder} is not a run folder ({SETTINGS} is missing) and holds "
+                f"{', '.join(others[:5])}; choose another out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fingerprints(train: TokenShards, validation: TokenShards | None) -> dict[str, str]:
+    """What identifies the data of a run; "" for no validation text."""
+    return {
+        "data": train.fingerprint,
+        "validation": "" if validation is None else validation.fingerprint,
+    }
+
+
+def check_same_run(
+    where: Path, recorded: dict[str, Any], config: TrainConfig, data: dict[str, str]
+) -> None:
+    """RunError unless `recorded` (its "config" and "fingerprints") is a run of the same settings.
+
+    Names each field that differs. Fields in `FREE_TO_CHANGE` may; shards may have moved but must
+    hold the same tokens; a validation set may be added to a run that had none.
+    """
+    before, now = recorded["config"], config.fixed()
+    differing = [
+        f"{key}: {before.get(key)!r} there, {now[key]!r} asked"
+        for key in now
+        if before.get(key) != now[key]
+    ]
+    if differing:
+        raise RunError(
+            f"{where} is of a run with other settings ({'; '.join(differing)}); ask for the "
+            "same, or choose another out"
+        )
+    for name, found in recorded["fingerprints"].items():
+        if found and found != data[name]:
+            raise RunError(
+                f"{name}: {where} was made with other shards (fingerprint {found[:12]} there, "
+                f"{data[name][:12] or 'none'} asked); give the same shards, or choose another out"
+            )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The folder's train.json; {} if there is none yet."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run went to its end: the report is written last."""
+    return (folder / REPORT).is_file() and (folder / WEIGHTS).is_file()
+
+
+def starting_point(folder: Path, resume: str, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a fresh start.
+
+    Args:
+        resume: "auto" for the newest undamaged checkpoint of the folder; "never" for a fresh start,
+            which needs a folder without a run; else the folder of one checkpoint.
+
+    Raises:
+        RunError: the checkpoint named is damaged or older than others of the folder, every one
+            is damaged, or a fresh start would overwrite something.
+    """
+    checkpoints = folder / CHECKPOINTS
+    if resume == "never":
+        if newest_step(checkpoints) >= 0 or (folder / WEIGHTS).exists():
+            raise RunError(f"out: {folder} already holds a run; choose another out, or resume it")
+        return None
+    if resume != "auto":
+        chosen = open_checkpoint(Path(resume))
+        if newest_step(checkpoints) > chosen.step:
+            raise RunError(
+                f"resume: {folder} has newer checkpoints than step {chosen.step}, which would be "
+                "overwritten; choose another out, or move them away"
+            )
+        return chosen
+    found = find_checkpoint(checkpoints, say)
+    if found is None and (folder / WEIGHTS).exists():
+        raise RunError(
+            f"out: {folder} holds a model but no checkpoint to go on from; choose another out"
+        )
+    return found
