@@ -156,11 +156,25 @@ def test_bit_equal_run_to_run(impl, dtype):
         assert_bit_equal(evaluate(gated_slot_attention, inputs, d, impl=impl), first)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=names)
 @pytest.mark.parametrize("dtype", LOW, ids=names)
-def test_autocast_changes_nothing(impl, dtype):
+def test_autocast_changes_nothing(impl, dtype, low):
+    """Forward under autocast, backward after it, as PyTorch asks."""
     inputs = make_inputs(T=130, H=4, G=2, dtype=dtype, memory=1)
     d = cotangents(inputs)
     plain = evaluate(gated_slot_attention, inputs, d, impl=impl)
-    for low in (torch.bfloat16, torch.float16):
+
+    def under_autocast(**arguments):
         with torch.autocast("cpu", dtype=low):
-            assert_bit_equal(evaluate(gated_slot_attention, inputs, d, impl=impl), plain)
+            return gated_slot_attention(**arguments, impl=impl)
+
+    assert_bit_equal(evaluate(under_autocast, inputs, d), plain)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=names)
+def test_a_backward_under_autocast_changes_nothing_either(dtype):
+    inputs = make_inputs(T=130, H=4, G=2, dtype=dtype, memory=1)
+    d = cotangents(inputs)
+    plain = evaluate(gated_slot_attention, inputs, d, impl="chunked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_bit_equal(evaluate(gated_slot_attention, inputs, d, impl="chunked"), plain)
