@@ -132,7 +132,8 @@ class Trainer:
         self.validation = validation
         self.device = device
         self.objective = objective
-        self.model: Any = GSAForCausalLM(model_config).to(device).train()
+        self.model: Any = GSAForCausalLM(model_config)
+        self.model.to(device).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
         self.at = Progressed()

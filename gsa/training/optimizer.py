@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from gsa.training.config import TrainConfig
 
 
-def decay_groups(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Trained parameters by name: (those that decay, those that do not).
 
     Weights of `nn.Linear` decay. Biases, norms, gate parameters, short convolutions and embeddings

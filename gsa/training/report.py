@@ -57,7 +57,7 @@ def draw_curve(folder: Path, unit: str) -> None:
     tokens = [row["tokens"] for row in steps]
     losses = [row["loss"] for row in steps]
     axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    weight = max(0.0, 1 - 20 / max(len(losses), 1))
+    weight = max(0.0, 1 - 40 / max(len(losses), 1))
     axes.plot(tokens, smoothed(losses, min(weight, 0.98)), color="tab:blue", label="training")
     if validations:
         at = [row["tokens"] for row in validations]

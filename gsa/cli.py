@@ -1,0 +1,256 @@
+"""The command line. Options are the fields of each command's config; nothing loads before it runs.
+
+gsa data prepare TEXT... --out SHARDS     text to token shards
+gsa train RECIPE [options]                train a model, or go on with it
+gsa generate MODEL --prompt TEXT          continue a text
+gsa bench ops [options]                   time the operator on this machine
+gsa info                                  versions, devices, implementations
+"""
+
+import argparse
+import ast
+import inspect
+import itertools
+import json
+import os
+import shlex
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+import gsa
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+def field_docs(config_class: type) -> dict[str, str]:
+    """The docstring line under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(config_class).lstrip()).body[0].body  # type: ignore
+    docs = {}
+    for node, after in itertools.pairwise(body):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
+            docs[node.target.id] = str(after.value.value)  # type: ignore
+    return docs
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    config_class: type,
+    *,
+    positional: tuple[str, ...] = (),
+    defaults: object = None,
+) -> None:
+    """One option per field: --max-new-tokens for max_new_tokens. Dicts are left to `take_dict`.
+
+    defaults: an instance whose values the help shows; options not given are absent from the result.
+    """
+    hints = typing.get_type_hints(config_class)
+    docs = field_docs(config_class)
+    for field in fields(config_class):
+        hint = hints[field.name]
+        if typing.get_origin(hint) is dict:
+            continue
+        default = getattr(defaults, field.name, field.default)
+        required = default is MISSING
+        help_text = docs[field.name].replace("%", "%%")
+        if not required and not (isinstance(default, bool) or default in ("", ())):
+            help_text += f" [{default}]"
+        options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
+        if typing.get_origin(hint) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(hint)[0], "metavar": "X"}
+        elif typing.get_origin(hint) is typing.Literal:
+            options["choices"] = typing.get_args(hint)
+        elif hint is bool:
+            options["action"] = "store_false" if default else "store_true"
+        else:
+            options["type"] = _simple_type(hint)
+            options["metavar"] = _METAVARS[options["type"]]
+        if field.name in positional:
+            options["metavar"] = field.name.upper()
+            parser.add_argument(field.name, **options)
+        else:
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, dest=field.name, required=required, **options)
+
+
+def _simple_type(hint: Any) -> type:
+    if isinstance(hint, types.UnionType):  # int | None and the like
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def take_dict(arguments: list[str], name: str) -> tuple[dict[str, Any], list[str]]:
+    """Splits `--model.num_slots 32` off the arguments: ({"num_slots": 32}, the rest).
+
+    Values are JSON where they can be, else strings. ValueError for an option without a value.
+    """
+    found, rest, queue = {}, [], list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith(f"--{name}."):
+            rest.append(argument)
+            continue
+        key, equals, value = argument.removeprefix(f"--{name}.").partition("=")
+        if not equals:
+            if not queue:
+                raise ValueError(f"{argument}: expected a value after it")
+            value = queue.pop(0)
+        try:
+            found[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[key.replace("-", "_")] = value
+    return found, rest
+
+
+def data(arguments: list[str]) -> int:
+    """text to token shards: gsa data prepare TEXT... --out SHARDS"""
+    from gsa.data import PrepareConfig, prepare
+
+    rest = _only_subcommand("data", "prepare", arguments)
+    parser = argparse.ArgumentParser(prog="gsa data prepare", description=_summary(prepare))
+    add_fields(parser, PrepareConfig, positional=("inputs",))
+    print(prepare(PrepareConfig(**vars(parser.parse_args(rest)))))
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    """train a model, or go on with it: gsa train RECIPE [options]"""
+    from gsa.recipes import RECIPES
+    from gsa.training.config import TrainConfig
+
+    known = "\n".join(f"  {name:<8} {inspect.getdoc(make)}" for name, make in RECIPES.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: gsa train RECIPE [options]\n\nrecipes:\n{known}\n\noptions: --help after one"
+        )
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]()
+    parser = argparse.ArgumentParser(
+        prog=f"gsa train {name}",
+        description=f"{inspect.getdoc(RECIPES[name])}\n\nAn interrupted run goes on when the same "
+        "command is given again.\nKeys of GSAConfig: --model.KEY VALUE, such as "
+        "--model.num_slots 32. Here:\n  "
+        + "\n  ".join(f"--model.{key} {value}" for key, value in recipe.model.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_fields(parser, TrainConfig, defaults=recipe)
+    resume = "auto (newest good checkpoint), never, or the folder of a checkpoint [auto]"
+    parser.add_argument("--resume", default="auto", help=resume)
+    model, rest = take_dict(rest, "model")
+    given = vars(parser.parse_args(rest))
+    chosen = given.pop("resume")
+    config = replace(recipe, **given, model=recipe.model | model)
+    from gsa.training.loop import train as run
+
+    result = run(config, resume=chosen, command="gsa " + shlex.join(["train", *arguments]))
+    return 130 if result.signal == signal.SIGINT else 0
+
+
+def generate(arguments: list[str]) -> int:
+    """continue a text: gsa generate MODEL --prompt TEXT"""
+    from gsa.generation.config import GenerateConfig
+
+    parser = argparse.ArgumentParser(prog="gsa generate", description="Continue a text.")
+    add_fields(parser, GenerateConfig, positional=("model",))
+    config = GenerateConfig(**vars(parser.parse_args(arguments)))
+    from transformers.utils import logging
+
+    from gsa.generation.text import generate_text
+
+    logging.disable_progress_bar()  # the text alone is wanted, not how the weights were read
+    pieces = generate_text(config)
+    first = next(pieces)
+    print(config.prompt, end=first, flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """time the operator on this machine: gsa bench ops [options]"""
+    from gsa.benchmark.ops import BenchOpsConfig, bench_ops
+
+    rest = _only_subcommand("bench", "ops", arguments)
+    parser = argparse.ArgumentParser(prog="gsa bench ops", description=_summary(bench_ops))
+    add_fields(parser, BenchOpsConfig)
+    bench_ops(BenchOpsConfig(**vars(parser.parse_args(rest))))
+    return 0
+
+
+def info(arguments: list[str]) -> int:
+    """versions, devices, threads, and the implementation that "auto" takes"""
+    parser = argparse.ArgumentParser(prog="gsa info", description=info.__doc__)
+    parser.parse_args(arguments)
+    import torch
+
+    from gsa.benchmark.environment import environment
+    from gsa.ops import describe_impl
+
+    for name, value in environment().items():
+        print(f"{name:<14}{'not installed' if value is None else value}")
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        chosen, reason = describe_impl("auto", torch.device(device))
+        print(f"{'impl on ' + device:<14}{chosen}: {reason}")
+    return 0
+
+
+def _summary(function: Callable[..., object]) -> str:
+    return (inspect.getdoc(function) or "").split("\n\n")[0]
+
+
+def _only_subcommand(command: str, known: str, arguments: list[str]) -> list[str]:
+    if arguments and arguments[0] == known:
+        return arguments[1:]
+    if arguments and arguments[0] in ("-h", "--help"):
+        return ["--help"]
+    got = repr(arguments[0]) if arguments else "nothing"
+    raise ValueError(f"gsa {command}: expected {known!r}, got {got}; see gsa {command} --help")
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "data": data,
+    "train": train,
+    "generate": generate,
+    "bench": bench,
+    "info": info,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0 done, 2 an error that its message explains, 130 Ctrl-C."""
+    lines = "\n".join(f"  {name:<10}{inspect.getdoc(run)}" for name, run in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="gsa",
+        description=f"Gated Slot Attention: train, save and use its language models.\n\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gated-slots {gsa.__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="command")
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parsed = parser.parse_args(arguments)
+    if parsed.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    from gsa.training.errors import RunError
+
+    try:
+        return COMMANDS[parsed.command](parsed.rest)
+    except BrokenPipeError:  # the reader has seen enough: gsa generate ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
