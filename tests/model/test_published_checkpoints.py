@@ -22,7 +22,7 @@ from gsa.model import GSAConfig, GSAForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ["gsa-2.7b-shrunk", "gsa-7b-mistral-shrunk"]
-ALL = [*NAMES, "gsa-other-options", "gsa-short-convolution"]
+ALL = [*NAMES, "gsa-other-options"]
 INPUTS = ["short", "long"]
 FP64_BOUND = 64 * torch.finfo(torch.float64).eps
 
@@ -164,6 +164,12 @@ def test_a_head_tied_to_the_embedding_needs_no_tensor_of_its_own(tmp_path):
     assert relative_error(seen["logits"], seen["norm"] @ embedding.T) < 1e-14
 
 
+def test_flas_short_convolution_is_refused_by_name_rather_than_misread():
+    """Its weight is [channels, 1, taps], oldest tap first, and it ends in swish; ours is neither."""
+    with pytest.raises((ValueError, RuntimeError), match=r"layers\.0\.attn\.q_conv1d\.weight"):
+        GSAForCausalLM.from_pretrained(folder_of("gsa-short-convolution"))
+
+
 def with_stranger(weights):
     return weights | {"model.layers.0.attn.g_proj.weight": torch.zeros(3, 3)}
 
@@ -214,6 +220,23 @@ def test_published_configs_are_accepted_with_their_dead_keys(name):
 def environment():
     root = Path(gsa.__file__).parents[1]
     return os.environ | {"PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
+
+
+@pytest.mark.parametrize("order", ["gsa, transformers", "transformers, gsa"])
+def test_importing_gsa_alone_teaches_the_auto_classes(order):
+    program = f"""
+import sys
+import {order}
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(type(model).__module__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder_of(NAMES[0]))],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "gsa.model.modeling" in done.stdout, done.stderr
 
 
 @pytest.mark.fla
@@ -273,7 +296,7 @@ def test_the_fixtures_are_what_fla_gives_today(tmp_path):
         env=environment(),
         check=True,
     )
-    for name in ALL:
+    for name in [*ALL, "gsa-short-convolution"]:
         committed = load_file(folder_of(name) / "model.safetensors")
         made = load_file(tmp_path / name / "model.safetensors")
         assert set(made) == set(committed)
