@@ -1,5 +1,7 @@
 """The language model's forward pass: loss, splits, padding, packing, options of the call."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,10 +18,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token_without_masked_labels(
     output = model(ids, labels=labels)
     log_p = output.logits.log_softmax(-1)
     terms = [
-        -log_p[b, t, ids[b, t + 1]]
-        for b in range(2)
-        for t in range(8)
-        if labels[b, t + 1] != -100
+        -log_p[b, t, ids[b, t + 1]] for b in range(2) for t in range(8) if labels[b, t + 1] != -100
     ]
     assert len(terms) == 5 + 8
     torch.testing.assert_close(output.loss, torch.stack(terms).mean())
@@ -42,7 +41,7 @@ def test_any_split_with_the_cache_carried_equals_the_whole(model, token_ids, spl
     with torch.no_grad():
         whole = model(ids).logits
         cache, parts = GSACache(model.config), []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             parts.append(model(ids[:, start:end], past_key_values=cache).logits)
     assert (torch.cat(parts, 1) - whole).abs().max() < TINY
     assert cache.get_seq_length() == 13
@@ -142,7 +141,7 @@ def test_the_call_refuses_what_it_cannot_honour(tiny, token_ids):
         model()
     with pytest.raises(ValueError, match=r"attention_mask: expected shape.*\[1, 6\].*\[1, 4\]"):
         model(ids, attention_mask=torch.ones(1, 4))
-    with pytest.raises(ValueError, match="past_key_values: expected a gsa.model.GSACache"):
+    with pytest.raises(ValueError, match=r"past_key_values: expected a gsa\.model\.GSACache"):
         from transformers import DynamicCache
 
         model(ids, past_key_values=DynamicCache())
