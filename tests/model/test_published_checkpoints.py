@@ -165,7 +165,7 @@ def test_a_head_tied_to_the_embedding_needs_no_tensor_of_its_own(tmp_path):
 
 
 def test_flas_short_convolution_is_refused_by_name_rather_than_misread():
-    """Its weight is [channels, 1, taps], oldest tap first, and it ends in swish; ours is neither."""
+    """Its weight is [channels, 1, taps], oldest tap first, and swish follows; ours is neither."""
     with pytest.raises((ValueError, RuntimeError), match=r"layers\.0\.attn\.q_conv1d\.weight"):
         GSAForCausalLM.from_pretrained(folder_of("gsa-short-convolution"))
 
