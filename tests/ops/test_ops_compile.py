@@ -88,7 +88,7 @@ def test_the_reference_compiles_at_a_fixed_length():
     assert_close(evaluate(function, inputs, d), evaluate(reference, inputs, d), 1e-13)
 
 
-def test_one_graph_serves_every_length():
+def test_few_graphs_serve_every_length():
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(attend, backend=counter, fullgraph=True)
     for T in (70, 2, 64, 65, 300, 1000):
@@ -102,7 +102,7 @@ def test_one_graph_serves_every_length():
         results: Tensors = {"output": got.output.detach(), "memory": got.memory.detach()}
         results |= {f"d_{n}": g for n, g in zip(arguments, grads, strict=True)}
         assert_close(results, evaluate(attend, inputs, d), 1e-13)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2, "at most one more, for what fits in a single segment"
 
 
 def test_automatic_dynamic_shapes_settle():
