@@ -177,12 +177,16 @@ class GSAModel(GSAPreTrainedModel):
         x_BTD = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        checkpointing = self.gradient_checkpointing and self.training
         if past_key_values is not None:
             check_cache(past_key_values)
-        elif use_cache:
+            if checkpointing:
+                raise ValueError(
+                    "past_key_values: expected None while training with gradient checkpointing "
+                    "(the recomputation would advance it twice), got a cache"
+                )
+        elif use_cache and not checkpointing:
             past_key_values = GSACache(self.config)
-        if self.gradient_checkpointing and self.training:
-            past_key_values = None
         layout = token_layout(x_BTD, attention_mask, position_ids, past_key_values, cu_seqlens)
         if layout.pads is not None:
             # Whatever stands at padding, nan included, must not reach a product with a zero write.
@@ -214,12 +218,12 @@ def token_layout(
     B, T, _ = x_BTD.shape
     past = 0 if cache is None else cache.length
     if cu_seqlens is not None:
-        if cache is not None or attention_mask is not None or B != 1:
+        excluded = {"attention_mask": attention_mask, "position_ids": position_ids, "cache": cache}
+        given = [name for name, value in excluded.items() if value is not None]
+        if given or B != 1:
             raise ValueError(
-                "cu_seqlens: expected one row (B = 1) without attention_mask and without a cache "
-                f"(use_cache=False), got B = {B}, attention_mask "
-                f"{'given' if attention_mask is not None else 'absent'}, cache "
-                f"{'given' if cache is not None else 'absent'}"
+                "cu_seqlens: expected one row (B = 1) without attention_mask, position_ids and "
+                f"cache (use_cache=False), got B = {B} and {', '.join(given) or 'none of them'}"
             )
         return TokenLayout.of_packed(T, x_BTD.device, cu_seqlens)
     if attention_mask is not None and tuple(attention_mask.shape) != (B, past + T):
@@ -274,7 +278,8 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
         """Logits [B, T, W], and with labels the mean cross-entropy in nats per token.
 
         Args:
-            labels: [B, T], the input ids themselves; the shift happens here; -100 is left out.
+            labels: [B, T], the input ids themselves; the shift happens here; -100 is left out, and
+                nothing but -100 gives a loss of 0.
             logits_to_keep: only the logits of the last n tokens, or of the given indices; 0 is all.
             num_items_in_batch: divides the summed loss instead of the number of labels here; for
                 gradient accumulation.
@@ -321,5 +326,5 @@ def next_token_loss(
         logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
     if num_items_in_batch is None:
-        return total / (targets != -100).sum()
+        return total / (targets != -100).sum().clamp(min=1)
     return total / torch.as_tensor(num_items_in_batch, device=total.device)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import gsa
-from gsa.model import GSAConfig, GSAForCausalLM, GSAModel, register_auto
+from gsa.model import GSACache, GSAConfig, GSAForCausalLM, GSAModel, register_auto
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLE = (
@@ -105,6 +105,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, token_ids, reent
         assert len(calls) == 1 + checkpointing, "the block was (not) computed again"
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
         model.zero_grad()
+    with pytest.raises(ValueError, match="past_key_values: expected None while training"):
+        model(ids, past_key_values=GSACache(model.config))
     for name, grad in grads[0].items():
         assert grad.abs().sum() > 0, name
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-12)

@@ -22,6 +22,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token_without_masked_labels(
     ]
     assert len(terms) == 5 + 8
     torch.testing.assert_close(output.loss, torch.stack(terms).mean())
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
     summed = model(ids, labels=labels, num_items_in_batch=torch.tensor(5)).loss
     torch.testing.assert_close(summed, torch.stack(terms).sum() / 5)
 
@@ -123,10 +124,10 @@ def test_packing_excludes_masks_caches_and_batches(tiny, token_ids):
     bounds = torch.tensor([0, 2, 6])
     with pytest.raises(ValueError, match=r"cu_seqlens.*B = 2"):
         model(ids, cu_seqlens=bounds)
-    with pytest.raises(ValueError, match="cache given"):
+    with pytest.raises(ValueError, match="B = 1 and cache"):
         model(ids[:1], cu_seqlens=bounds, use_cache=True)
-    with pytest.raises(ValueError, match="attention_mask given"):
-        model(ids[:1], cu_seqlens=bounds, attention_mask=torch.ones(1, 6))
+    with pytest.raises(ValueError, match="B = 1 and attention_mask, position_ids"):
+        model(ids[:1], cu_seqlens=bounds, attention_mask=bounds, position_ids=bounds)
     with pytest.raises(ValueError, match="never decrease"):
         model(ids[:1], cu_seqlens=torch.tensor([0, 4, 2, 6]))
 

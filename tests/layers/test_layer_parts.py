@@ -1,0 +1,165 @@
+"""Norm, MLP, rotary embedding, short convolution, feature maps, layouts, softmax attention."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gsa.layers import RMSNorm, SoftmaxAttention, SwiGLU, TokenLayout
+from gsa.layers.feature_map import FeatureMap
+from gsa.layers.options import SoftmaxAttentionOptions
+from gsa.layers.rope import rope_frequencies, rotate
+from gsa.layers.short_convolution import ShortConvolution
+from gsa.layers.softmax_attention import replay_window
+
+ROW_DOCUMENTS = torch.tensor([0, 2, 2, 7, 9])
+
+
+def test_rms_norm_computes_in_fp32_and_keeps_the_dtype():
+    x = (1e-3 * torch.randn(3, 64)).bfloat16()
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x), exact.bfloat16())
+    assert RMSNorm(64, 1e-6, affine=False).weight is None
+
+
+def test_swiglu_is_its_formula():
+    mlp, x = SwiGLU(6, 10), torch.randn(4, 6)
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    expected = ((x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)) @ mlp.down_proj.weight.T
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_feature_maps_are_their_formulas():
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(FeatureMap("identity", 5)(x), x)
+    assert torch.equal(FeatureMap("relu", 5)(x), x.clamp(min=0))
+    torch.testing.assert_close(FeatureMap("swish", 5)(x), x * torch.sigmoid(x))
+    learned = FeatureMap("t2r", 5)
+    torch.testing.assert_close(learned(x), (x @ learned.layer.weight.T).clamp(min=0))
+
+
+def test_rope_is_a_rotation_by_position():
+    x = torch.randn(1, 6, 2, 8, dtype=torch.float64)
+    turned = rotate(x, torch.arange(6)[None], 100.0, None)
+    torch.testing.assert_close(turned[:, 0], x[:, 0])
+    pair = torch.complex(x[..., :4], x[..., 4:])
+    angle = torch.arange(6)[:, None, None] * 100.0 ** (-torch.arange(4) / 4)
+    expected = pair * torch.polar(torch.ones_like(angle), angle).to(pair.dtype)
+    torch.testing.assert_close(
+        turned, torch.cat([expected.real, expected.imag], -1), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_rope_scalings_are_those_of_transformers():
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    llama3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    llama3["original_max_position_embeddings"] = 8192
+    for scaling in ({"rope_type": "linear", "factor": 4.0}, llama3):
+        config = LlamaConfig(
+            hidden_size=128,
+            num_attention_heads=1,
+            max_position_embeddings=8192,
+            rope_parameters=scaling | {"rope_theta": 500000.0},
+        )
+        theirs, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu")
+        ours = rope_frequencies(128, 500000.0, scaling, "cpu")
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_layout_of_rows_counts_real_tokens():
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0]])
+    layout = TokenLayout.of_rows(3, mask.device, past=2, attention_mask=mask)
+    assert layout.positions.tolist() == [[1, -1, 2], [2, 3, -1]]
+    assert layout.pads.tolist() == [[False, True, False], [False, False, True]]
+    assert TokenLayout.of_rows(3, mask.device, past=4).positions.tolist() == [[4, 5, 6]]
+
+
+def test_layout_of_packed_starts_anew_at_each_document():
+    layout = TokenLayout.of_packed(9, torch.device("cpu"), ROW_DOCUMENTS.int())
+    assert layout.positions.tolist() == [[0, 1, 0, 1, 2, 3, 4, 0, 1]]
+    assert layout.documents.tolist() == [0, 0, 2, 2, 2, 2, 2, 3, 3]
+
+
+def test_short_convolution_is_torchs_depthwise_convolution():
+    conv, x = ShortConvolution(6, 4).double(), torch.randn(2, 9, 6, dtype=torch.float64)
+    weight = conv.weight.flip(1)[:, None]
+    expected = F.conv1d(F.pad(x.mT, (3, 0)), weight, groups=6).mT
+    y, tail = conv(x, TokenLayout.of_rows(9, x.device))
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(tail, x[:, -3:])
+    for cut in (1, 2, 5):
+        first, carried = conv(x[:, :cut], TokenLayout.of_rows(cut, x.device))
+        second, last = conv(x[:, cut:], TokenLayout.of_rows(9 - cut, x.device, past=cut), carried)
+        torch.testing.assert_close(torch.cat([first, second], 1), expected)
+        assert torch.equal(last, tail)
+
+
+def test_short_convolution_respects_documents_and_padding():
+    conv, x = ShortConvolution(6, 3).double(), torch.randn(1, 9, 6, dtype=torch.float64)
+    packed, _ = conv(x, TokenLayout.of_packed(9, x.device, ROW_DOCUMENTS))
+    apart = [conv(x[:, a:b], TokenLayout.of_rows(b - a, x.device))[0] for a, b in [(0, 2), (2, 7)]]
+    torch.testing.assert_close(packed[:, :7], torch.cat(apart, 1))
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 1, 0, 1]])
+    y, tail = conv(x, TokenLayout.of_rows(9, x.device, attention_mask=mask))
+    alone, tail_alone = conv(x[:, mask[0].bool()], TokenLayout.of_rows(5, x.device))
+    torch.testing.assert_close(y[:, mask[0].bool()], alone)
+    assert torch.equal(tail, tail_alone)
+
+
+def attention(seed=0, **options):
+    torch.manual_seed(seed)
+    sizes = dict(hidden_size=12, num_heads=4, num_kv_heads=2, head_dim=4, rope_theta=None)
+    return SoftmaxAttention(SoftmaxAttentionOptions(**(sizes | options))).double()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+def test_softmax_attention_is_its_formula(window):
+    layer, x = attention(window_size=window), torch.randn(1, 7, 12, dtype=torch.float64)
+    q = layer.q_proj(x)[0].unflatten(-1, (4, 4))
+    k, v = (p(x)[0].unflatten(-1, (2, 4)) for p in (layer.k_proj, layer.v_proj))
+    rows = []
+    for t in range(7):
+        start = 0 if window is None else max(0, t - window + 1)
+        seen = slice(start, t + 1)
+        heads = [
+            (k[seen, h // 2] @ q[t, h] / math.sqrt(4)).softmax(0) @ v[seen, h // 2]
+            for h in range(4)
+        ]
+        rows.append(torch.cat(heads))
+    torch.testing.assert_close(layer(x).output[0], layer.o_proj(torch.stack(rows)))
+
+
+def test_a_window_keeps_a_bounded_number_of_keys_and_can_be_replayed():
+    layer = attention(window_size=4, rope_theta=10.0, qk_norm=True, qkv_bias=True)
+    x, state = torch.randn(2, 15, 12, dtype=torch.float64), None
+    whole = layer(x)
+    outputs = []
+    for start, end in [(0, 2), (2, 9), (9, 10), (10, 15)]:
+        layout = TokenLayout.of_rows(end - start, x.device, past=start)
+        mixed = layer(x[:, start:end], layout, state)
+        again = replay_window(layer.options, state, mixed.step)
+        state = mixed.state
+        assert state["keys"].shape[1] <= 3
+        assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+        outputs.append(mixed.output)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole.output)
+    assert state["positions"].tolist() == [[12, 13, 14]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
+        ({"window_size": 0}, "window_size: expected a whole number >= 1"),
+        ({"head_dim": None, "num_heads": 5, "num_kv_heads": 5}, "num_heads: expected a divisor"),
+        ({"qk_norm": None}, "qk_norm: expected True or False"),
+    ],
+)
+def test_softmax_options_refuse_contradictions(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(**options)

@@ -1,0 +1,27 @@
+"""torch.compile of the whole model: one graph, the same loss and gradients."""
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0}],
+    ids=["paper", "abc and convolution"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):
+    torch.compiler.reset()
+    model, ids = tiny(**options).train(), token_ids(1, 20)
+    bounds = torch.tensor([0, 8, 8, 20], dtype=torch.int32) if packed else None
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    grads, losses = [], []
+    for call in (model, compiled):
+        loss = call(ids, labels=ids, cu_seqlens=bounds).loss
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-9, atol=1e-12)
