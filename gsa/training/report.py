@@ -66,7 +66,8 @@ def draw_curve(folder: Path, unit: str) -> None:
         axes.plot(at, held_out, "o-", color="tab:orange", markersize=4, label=label)
     shown = sorted(losses)[: max(1, int(len(losses) * 0.98))]  # the first steps' height says little
     if shown:
-        axes.set_ylim(min(losses) * 0.95, shown[-1] * 1.05)
+        margin = 0.05 * (shown[-1] - shown[0]) + 0.01
+        axes.set_ylim(shown[0] - margin, shown[-1] + margin)
     axes.set_xlabel(f"{unit}s seen")
     axes.set_ylabel(f"loss, nats per {unit}")
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))

@@ -1,0 +1,180 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from training_runs import assert_same_run, losses, start
+
+from gsa.data import PrepareConfig, prepare
+from gsa.training import RunError, train
+from gsa.training.checkpoint import find_checkpoint, open_checkpoint
+
+
+@pytest.fixture
+def unfinished(make_config):
+    """A run with checkpoints 5 and 10 of 12 steps and nothing after, and its config."""
+    config = make_config()
+    train(config)
+    folder = Path(config.out)
+    shutil.rmtree(folder / "checkpoints" / "step-00000012")
+    for name in ("report.md", "model.safetensors", "config.json"):
+        (folder / name).unlink()
+    return config
+
+
+@pytest.fixture
+def three_kept(make_config):
+    config = make_config(keep_checkpoints=3)
+    train(config)
+    return config
+
+
+def checkpoints(config):
+    return sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+
+
+def test_the_newest_are_kept(make_config, three_kept):
+    assert checkpoints(three_kept) == ["step-00000005", "step-00000010", "step-00000012"]
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "changed":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]
+)
+def test_damage_is_found(three_kept, name, how, capsys):
+    folder = Path(three_kept.out) / "checkpoints"
+    damage(folder / "step-00000012" / name, how)
+    words = {"truncated": "truncated: ", "changed": "its SHA-256", "missing": "missing"}[how]
+    with pytest.raises(RunError, match=f"step-00000012/{name}: .*{words}"):
+        open_checkpoint(folder / "step-00000012")
+    said = []
+    assert find_checkpoint(folder, said.append).step == 10
+    assert len(said) == 1 and "ignoring" in said[0] and name in said[0]
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(make_config, three_kept, tmp_path):
+    folder = Path(three_kept.out)
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    damage(folder / "checkpoints" / "step-00000012" / "model.safetensors", "truncated")
+    for name in ("report.md", "model.safetensors"):
+        (folder / name).unlink()
+    train(three_kept)
+    assert_same_run(folder, whole)
+    assert open_checkpoint(folder / "checkpoints" / "step-00000012").step == 12
+
+
+def test_all_damaged_does_not_start_over(three_kept):
+    folder = Path(three_kept.out)
+    for path in (folder / "checkpoints").iterdir():
+        damage(path / "optimizer.safetensors", "truncated")
+    (folder / "report.md").unlink()
+    before = losses(folder)
+    with pytest.raises(RunError, match="all 3 checkpoints are damaged"):
+        train(three_kept)
+    assert losses(folder) == before
+
+
+def test_half_written_is_passed_over_and_refused_by_name(three_kept, capsys):
+    folder = Path(three_kept.out) / "checkpoints"
+    (folder / "step-00000012").rename(folder / "step-00000012.incomplete")
+    (folder / "step-00000012.incomplete" / "manifest.json").unlink()
+    said = []
+    assert find_checkpoint(folder, said.append).step == 10
+    assert said == [f"ignoring {folder / 'step-00000012.incomplete'}: half written"]
+    for name in ("step-00000012.incomplete", "step-00000099"):
+        with pytest.raises(RunError, match=r"half written|no such checkpoint folder"):
+            train(three_kept, resume=str(folder / name))
+
+
+DISK_FULL = """
+import json, resource, sys
+from gsa.training import TrainConfig, RunError, train
+from gsa.training.objective import next_token
+
+calls = 0
+def full_from_step_7(model, batch):
+    global calls
+    calls += model.training
+    if calls == 7:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return next_token(model, batch)
+
+try:
+    train(TrainConfig(**json.loads(sys.argv[1])), objective=full_from_step_7)
+except RunError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(make_config, tmp_path):
+    config = make_config()
+    process = start(config, DISK_FULL)
+    _, message = process.communicate()
+    assert process.returncode == 1
+    assert "step-00000010: the checkpoint could not be saved" in message
+    assert "the last good one is" in message and "step-00000005" in message
+    assert checkpoints(config) == ["step-00000005"], "and nothing half-written takes up room"
+    open_checkpoint(Path(config.out) / "checkpoints" / "step-00000005")
+    train(config)  # room again
+    whole = make_config(out=str(tmp_path / "whole"))
+    train(whole)
+    assert_same_run(config.out, whole.out)
+
+
+def test_killed_between_checkpoint_and_export_finishes(make_config, unfinished, tmp_path):
+    assert train(unfinished).status == "finished"
+    whole = make_config(out=str(tmp_path / "whole"))
+    train(whole)
+    assert_same_run(unfinished.out, whole.out)
+
+
+def test_shards_and_model_must_agree_on_the_vocabulary(make_config):
+    config = make_config(model={"vocab_size": 200, "pad_token_id": None, "eos_token_id": 1})
+    with pytest.raises(ValueError, match=r"vocab_size: .*ids below 258.*vocabulary of 200"):
+        train(config)
+    assert not Path(config.out).exists()
+
+
+def test_a_larger_vocabulary_than_the_shards_need_is_fine(make_config):
+    config = make_config(model={"vocab_size": 320}, steps=3)
+    assert train(config).status == "finished"
+
+
+def test_training_and_validation_need_one_tokenizer(make_config, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "the": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("the")
+    prepare(
+        PrepareConfig(
+            inputs=(str(tmp_path / "text.txt"),),
+            out=str(tmp_path / "shards"),
+            tokenizer=str(tmp_path / "words"),
+        )
+    )
+    with pytest.raises(ValueError, match=r"validation: .* different tokenizers"):
+        train(make_config(validation=str(tmp_path / "shards")))
+
+
+def test_a_truncated_shard_is_refused_before_anything_is_written(make_config, tmp_path):
+    config = make_config()
+    shutil.copytree(config.data, tmp_path / "short")
+    damage(tmp_path / "short" / "tokens.bin", "truncated")
+    with pytest.raises(ValueError, match=r"tokens\.bin: expected \d+ bytes, got \d+: truncated"):
+        train(make_config(data=str(tmp_path / "short")))
+    assert not Path(config.out).exists()
