@@ -24,7 +24,7 @@ def draw(rows=2, tokens=9, seed=1):
 
 
 def two_linear_passes(q_TK, k_TK, v_TV, forget_TM, write_TM):
-    """Eq. 7, one head: two gated linear attentions joined by a softmax, each a sum over the past."""
+    """Eq. 7, one head: two gated linear attentions joined by a softmax, as sums over the past."""
     T = q_TK.shape[0]
     kept = torch.ones(T, T, forget_TM.shape[1], dtype=q_TK.dtype)
     for t in range(T):
