@@ -1,4 +1,4 @@
-"""Runs in processes of their own, to be killed for real; and what two runs must share bit for bit."""
+"""Runs in processes of their own, to be killed for real; what equal runs share bit for bit."""
 
 import json
 import os

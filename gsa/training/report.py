@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 import gsa
 from gsa.data import TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.training.config import TrainConfig
+from gsa.training.errors import RunError
 from gsa.training.export import export_model
 from gsa.training.files import write_text
 from gsa.training.metrics import read_metrics
@@ -80,8 +82,12 @@ def draw_curve(folder: Path, unit: str) -> None:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
-    """The prompt and a continuation at temperature 0.8; torch's generator is left as it was."""
+    """The prompt and a continuation at temperature 0.8, no longer in all than the rows trained on.
+
+    torch's generator is left as it was.
+    """
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    trained = model.config.max_position_embeddings
     was_training = model.training
     model.eval()
     try:
@@ -89,7 +95,7 @@ def sample(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
             torch.manual_seed(seed)
             out = model.generate(
                 ids.to(model.device),
-                max_new_tokens=_SAMPLE_TOKENS,
+                max_new_tokens=max(1, min(_SAMPLE_TOKENS, trained - ids.shape[1])),
                 do_sample=True,
                 temperature=0.8,
                 top_k=0,
@@ -155,9 +161,18 @@ def finish(
     state: dict[str, Any],
     command: str,
 ) -> None:
-    """Put the final model, the curve and, last, the report into the run folder."""
-    export_model(folder, model, train.tokenizer_folder)
-    draw_curve(folder, token_unit(train))
+    """Put the final model, the curve and, last, the report into the run folder.
+
+    RunError if there is no room for them; the checkpoints are untouched.
+    """
+    try:
+        export_model(folder, model, train.tokenizer_folder)
+        draw_curve(folder, token_unit(train))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: the final model could not be saved ({error}); the checkpoints are whole: "
+            "make room and run the same command again"
+        ) from error
     continuation = ""
     if config.prompt:
         continuation = sample(model, train.load_tokenizer(), config.prompt, config.seed)

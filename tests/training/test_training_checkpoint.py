@@ -131,6 +131,33 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make_config, tmp_path):
     assert_same_run(config.out, whole.out)
 
 
+DISK_FULL_AT_EXPORT = """
+import json, resource, sys
+from gsa.training import TrainConfig, RunError, train
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    train(TrainConfig(**json.loads(sys.argv[1])))
+except RunError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_full_disk_at_the_very_end_costs_nothing(make_config, tmp_path):
+    config = make_config()
+    train(config)
+    folder, whole = Path(config.out), tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    for name in ("report.md", "model.safetensors"):
+        (folder / name).unlink()
+    _, message = start(config, DISK_FULL_AT_EXPORT).communicate()
+    assert "the final model could not be saved" in message
+    assert not (folder / "model.safetensors").exists() and not (folder / "report.md").exists()
+    assert not list(folder.glob(".*incomplete"))
+    train(config)
+    assert_same_run(folder, whole)
+
+
 def test_killed_between_checkpoint_and_export_finishes(make_config, unfinished, tmp_path):
     assert train(unfinished).status == "finished"
     whole = make_config(out=str(tmp_path / "whole"))

@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -9,8 +10,9 @@ from training_runs import assert_same_run, losses, start, start_command, wait_fo
 from gsa.data import PrepareConfig, prepare
 from gsa.training import RunError, train
 from gsa.training.lock import RunLock
+from gsa.training.objective import next_token
 
-LONG = 400
+LONG = 150
 """Steps enough that a run is still going when it is killed."""
 
 
@@ -36,7 +38,7 @@ def uninterrupted(shard_folders, tmp_path_factory):
 
 def test_killed_and_resumed_is_the_same_run(uninterrupted, tmp_path):
     config = replace(uninterrupted, out=str(tmp_path / "killed"))
-    for step in (40, 100):
+    for step in (30, 70):
         process = start(config)
         wait_for_step(process, config.out, step)
         process.kill()
@@ -56,16 +58,36 @@ def test_a_signal_saves_and_exits(uninterrupted, tmp_path, number, code):
         if name != "model":
             options += [f"--{name.replace('_', '-')}={value}"]
     process = start_command([sys.executable, "-m", "gsa", "train", "tiny", *options])
-    wait_for_step(process, config.out, 40)
+    wait_for_step(process, config.out, 30)
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == code, errors
     assert f"{number.name}: saved step" in errors and "Traceback" not in errors
     last = losses(config.out)[-1][1]
-    assert 40 <= last < LONG
+    assert 30 <= last < LONG
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
     train(config)
     assert_same_run(config.out, uninterrupted.out)
+
+
+def test_a_signal_during_validation_repeats_no_line(make_config, tmp_path):
+    config = make_config(validation_rows=12)
+
+    def terminated_while_validating(model, batch):
+        if not model.training and not terminated_while_validating.sent:
+            terminated_while_validating.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_token(model, batch)
+
+    terminated_while_validating.sent = False
+    result = train(config, objective=terminated_while_validating)
+    assert (result.status, result.step, result.signal) == ("stopped", 5, signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "handlers are put back"
+    assert "val_loss" not in [row[0] for row in losses(config.out)], "cut off half-way"
+    train(config)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train(whole)
+    assert_same_run(config.out, whole.out)
 
 
 def test_a_run_folder_serves_one_run_at_a_time(make_config):
@@ -96,8 +118,6 @@ def stopped_at_5(config):
         pass
 
     def killed_at_step_8(model, batch):
-        from gsa.training.objective import next_token
-
         if model.training:
             killed_at_step_8.calls += 1
         if killed_at_step_8.calls == 8:
@@ -135,9 +155,9 @@ def test_other_shards_do_not_resume(make_config, shard_folders, tmp_path):
     stopped_at_5(config)
     (tmp_path / "other.txt").write_text("other text " * 200)
     prepare(PrepareConfig(inputs=(str(tmp_path / "other.txt"),), out=str(tmp_path / "other")))
-    with pytest.raises(RunError, match="data: .* was made with other shards"):
+    with pytest.raises(RunError, match=r"data: .* was made with other shards"):
         train(replace(config, data=str(tmp_path / "other")))
-    with pytest.raises(RunError, match="validation: .* was made with other shards"):
+    with pytest.raises(RunError, match=r"validation: .* was made with other shards"):
         train(replace(config, validation=str(tmp_path / "other")))
 
 
