@@ -13,10 +13,13 @@ compared with. The write side never sees a factor above 1. The read side has two
 
 - fast, here: exp(G_i - G_j) is split into exp(G_i) · exp(-G_j), so that whole tiles are multiplied.
   Exact as long as exp(-G_j) is far from overflow, which the decay of the whole chunk decides.
-- exact for any decay, in `chunked_exact.py`, taken by those tiles that need it.
+- exact for any decay, in `chunked_exact.py`, taken by the tiles that need it.
 
 G is summed and exponentiated in fp64: in fp32 its rounding would be amplified by the size of the
 sum. Nothing is ever clamped.
+
+Two products are summed when each is complete (`bmm` + `add_`, not `baddbmm_`): accumulated on top
+of a larger number, each of the C terms of the second would be rounded at that number's size.
 
 Letters as in `gsa/ops/types.py`. A tile is one chunk of one key/value head; U tiles are computed
 together, the query heads of a group side by side: q [U, R, C, K].
@@ -28,25 +31,12 @@ import torch
 from torch import Tensor
 
 from gsa.ops.activation import activate, activation_backward
-from gsa.ops.chunked_exact import readout_exact, readout_exact_backward
+from gsa.ops.chunked_exact import Tiles, decay_after, readout_exact, readout_exact_backward
 from gsa.ops.types import SlotActivation
 
-# Above this total log-decay in a chunk the fast form could overflow: exp(60) leaves room for
-# another 1e12 in fp32, exp(600) for 1e47 in fp64.
-FAST_LIMIT = {torch.float32: 60.0, torch.float64: 600.0}
-
-
-class Tiles(NamedTuple):
-    """The token-wise inputs of U tiles, in the compute dtype, and G in fp64."""
-
-    q: Tensor  # [U, R, C, K]
-    k: Tensor  # [U, C, K]
-    v: Tensor  # [U, C, V]
-    write: Tensor  # [U, C, M]
-    decay_sum: Tensor  # [U, C, M]
-
-    def at(self, index: Tensor) -> "Tiles":
-        return Tiles(*(tensor.index_select(0, index) for tensor in self))
+# Largest total log-decay of a chunk for the fast form. In fp32 exp(60) leaves room for another 1e12
+# before overflow. In fp64 it is a question of rounding: G can't be summed more precisely than that.
+FAST_LIMIT = {torch.float32: 60.0, torch.float64: 4.0}
 
 
 class Read(NamedTuple):
@@ -65,7 +55,7 @@ class Written(NamedTuple):
 
 
 class TileGradients(NamedTuple):
-    """Gradients of `Tiles`, with those of w and G in the compute dtype."""
+    """Gradients of `Tiles`, that of G in fp64 since its parts cancel."""
 
     q: Tensor
     k: Tensor
@@ -74,11 +64,17 @@ class TileGradients(NamedTuple):
     decay_sum: Tensor
 
 
-def write_factors(tiles: Tiles) -> Written:
-    """The difference is exact in fp64; its exponential is at most 1, so fp32 suffices for it."""
+def write_factors(tiles: Tiles, exact: Tensor) -> Written:
+    """The difference is taken in fp64; its exponential is at most 1, so fp32 suffices for it.
+
+    Where G is so large that even fp64 rounds it too coarsely (`exact`), the sum is taken afresh.
+    """
     dtype = tiles.write.dtype
     total = tiles.decay_sum[:, -1:]
-    remain = (total - tiles.decay_sum).to(dtype).exp_()
+    rest = total - tiles.decay_sum
+    if exact.numel():
+        rest.index_copy_(0, exact, decay_after(tiles.log_forget.index_select(0, exact), 1))
+    remain = rest.to(dtype).exp_()
     return Written(remain * tiles.write, remain, total.to(dtype).exp().mT)
 
 
@@ -99,9 +95,14 @@ def fast_factors(tiles: Tiles) -> tuple[Tensor, Tensor]:
 
 
 def beyond_fast(tiles: Tiles) -> Tensor:
-    """Indices of the tiles whose decay is too strong for the fast form: int64 [number of tiles]."""
+    """Indices of the tiles that the fast form cannot do: int64 [number of tiles].
+
+    Their decay is too strong; or a value or write is not finite, which the zeros above the diagonal
+    would carry to earlier tokens (0 · NaN).
+    """
     deepest = tiles.decay_sum[:, -1].amin(-1)
-    return (deepest < -FAST_LIMIT[tiles.write.dtype]).nonzero().flatten()
+    finite = (tiles.v.sum((1, 2)) + tiles.write.sum((1, 2))).isfinite()
+    return (~finite | (deepest < -FAST_LIMIT[tiles.write.dtype])).nonzero().flatten()
 
 
 def causal_(product_URCC: Tensor) -> Tensor:
@@ -109,33 +110,34 @@ def causal_(product_URCC: Tensor) -> Tensor:
     return product_URCC.tril_()
 
 
-def readout_forward(tiles: Tiles, start: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+def readout_forward(
+    tiles: Tiles, exact: Tensor, start: Tensor, read: Read
+) -> tuple[Tensor, Tensor]:
     """Reads the memory at every token of every tile.
 
-    start: [U, M, X], the memory before each chunk.
+    exact: indices of the tiles beyond the fast form. start: [U, M, X], the memory before them.
     Returns (output [U, R, C, V], score [U, R, C, M] before the activation).
     """
     U, R, C, K = tiles.q.shape
     grow, lifted = fast_factors(tiles)
     q = tiles.q.flatten(1, 2)
     inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
-    score = torch.bmm(q, start[..., :K].mT).baddbmm_(inside, lifted).unflatten(1, (R, C))
+    score = torch.bmm(q, start[..., :K].mT).add_(torch.bmm(inside, lifted)).unflatten(1, (R, C))
     score.mul_(grow[:, None])
     if read.scale != 1:
         score.mul_(read.scale)
     weight = (activate(score, read.slot_activation) * grow[:, None]).flatten(1, 2)
     mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
-    output = torch.bmm(weight, start[..., K:]).baddbmm_(mix, tiles.v).unflatten(1, (R, C))
-    exact = beyond_fast(tiles)
+    output = torch.bmm(weight, start[..., K:]).add_(torch.bmm(mix, tiles.v)).unflatten(1, (R, C))
     if exact.numel():
-        redone = readout_exact(*tiles.at(exact), start.index_select(0, exact), *read)
+        redone = readout_exact(tiles.at(exact), start.index_select(0, exact), *read)
         output.index_copy_(0, exact, redone[0])
         score.index_copy_(0, exact, redone[1])
     return output, score
 
 
 def readout_backward(
-    tiles: Tiles, start: Tensor, score: Tensor, d_output: Tensor, read: Read
+    tiles: Tiles, exact: Tensor, start: Tensor, score: Tensor, d_output: Tensor, read: Read
 ) -> tuple[TileGradients, Tensor]:
     """Gradients of `readout_forward` for d_output [U, R, C, V]; the second result is d start."""
     U, R, C, K = tiles.q.shape
@@ -144,10 +146,12 @@ def readout_backward(
     weight = activate(score, read.slot_activation)
 
     d_mix = causal_(torch.bmm(d_out, tiles.v.mT).view(U, R, C, C)).view(U, R * C, C)
-    d_weight = torch.bmm(d_out, start[..., K:].mT).baddbmm_(d_mix, lifted).unflatten(1, (R, C))
+    d_weight = (
+        torch.bmm(d_out, start[..., K:].mT).add_(torch.bmm(d_mix, lifted)).unflatten(1, (R, C))
+    )
     d_weight.mul_(grow[:, None])
     d_score = activation_backward(score, weight, d_weight, read.slot_activation)
-    d_decay = (d_weight.mul_(weight).addcmul_(score, d_score)).sum(1)
+    d_decay = (d_weight.double() * weight).addcmul_(score.double(), d_score.double()).sum(1)
 
     weight = (weight * grow[:, None]).flatten(1, 2)
     d_score = d_score * (grow * read.scale)[:, None] if read.scale != 1 else d_score * grow[:, None]
@@ -156,23 +160,24 @@ def readout_backward(
     inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
     d_inside = causal_(torch.bmm(d_score, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
 
-    d_lifted = torch.bmm(inside.mT, d_score).baddbmm_(d_mix.mT, weight)
+    d_lifted = torch.bmm(inside.mT, d_score).add_(torch.bmm(d_mix.mT, weight))
     gradients = TileGradients(
-        q=torch.bmm(d_inside, tiles.k).baddbmm_(d_score, start[..., :K]).unflatten(1, (R, C)),
+        q=torch.bmm(d_inside, tiles.k)
+        .add_(torch.bmm(d_score, start[..., :K]))
+        .unflatten(1, (R, C)),
         k=torch.bmm(d_inside.mT, q),
         v=torch.bmm(mix.mT, d_out),
         write=d_lifted / grow,
-        decay_sum=d_decay.addcmul_(lifted, d_lifted, value=-1),
+        decay_sum=d_decay.addcmul_(lifted.double(), d_lifted.double(), value=-1),
     )
     d_start = torch.empty_like(start)
     torch.bmm(d_score.mT, q, out=d_start[..., :K])
     torch.bmm(weight.mT, d_out, out=d_start[..., K:])
 
-    exact = beyond_fast(tiles)
     if exact.numel():
-        q, k, v, write, decay_sum = tiles.at(exact)
-        inputs = (q, k, v, write, decay_sum, start.index_select(0, exact))
-        redone = readout_exact_backward(inputs, d_output.index_select(0, exact), *read)
+        redone = readout_exact_backward(
+            tiles.at(exact), start.index_select(0, exact), d_output.index_select(0, exact), *read
+        )
         for whole, part in zip((*gradients, d_start), redone, strict=True):
             whole.index_copy_(0, exact, part.to(whole.dtype))
     return gradients, d_start
@@ -190,16 +195,14 @@ def write_backward(
     """
     K = tiles.k.shape[2]
     d_keys, d_values = d_end[..., :K], d_end[..., K:]
-    d_faded = torch.bmm(tiles.k, d_keys.mT).baddbmm_(tiles.v, d_values.mT)
-    gradients.k.baddbmm_(written.faded_write, d_keys)
-    gradients.v.baddbmm_(written.faded_write, d_values)
+    d_faded = torch.bmm(tiles.k, d_keys.mT).add_(torch.bmm(tiles.v, d_values.mT))
+    gradients.k.add_(torch.bmm(written.faded_write, d_keys))
+    gradients.v.add_(torch.bmm(written.faded_write, d_values))
     gradients.write.addcmul_(d_faded, written.remain)
 
-    C = tiles.k.shape[1]
-    at_or_after = torch.ones(C, C, dtype=tiles.k.dtype, device=tiles.k.device).triu_()
-    before = (1 - at_or_after).expand(len(d_end), C, C)
     d_faded.mul_(written.faded_write)
-    d_log_forget = torch.bmm(at_or_after.expand(len(d_end), C, C), gradients.decay_sum)
-    d_log_forget.baddbmm_(before, d_faded)
     carried = (start * d_end).sum(-1).mul_(written.fade[..., 0])
-    return d_log_forget.add_(carried[:, None])
+    # In fp64, since they cancel; each summed from its own end, so that what is zero stays zero.
+    d_log_forget = gradients.decay_sum.flip(1).cumsum(1, dtype=torch.float64).flip(1)
+    d_log_forget[:, 1:] += d_faded[:, :-1].cumsum(1, dtype=torch.float64)
+    return d_log_forget.add_(carried[:, None]).to(start.dtype)

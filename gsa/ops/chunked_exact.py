@@ -6,16 +6,34 @@ again: for i in the right and j in the left half of a block, split at the border
 factors are at most 1. The blocks of one level are multiplied together, log2(C) levels, and i = j
 needs no factor at all.
 
+A token is never multiplied with an earlier query, so that a NaN or infinity among the values or
+writes of one token does not reach the tokens before it.
+
 Slower than whole tiles, and only for the tiles that need it.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gsa.ops.activation import activate, activation_backward
 from gsa.ops.types import SlotActivation
+
+
+class Tiles(NamedTuple):
+    """The token-wise inputs of U tiles, in the compute dtype, and G in fp64."""
+
+    q: Tensor  # [U, R, C, K]
+    k: Tensor  # [U, C, K]
+    v: Tensor  # [U, C, V]
+    write: Tensor  # [U, C, M]
+    log_forget: Tensor  # [U, C, M]
+    decay_sum: Tensor  # [U, C, M]
+
+    def at(self, index: Tensor) -> "Tiles":
+        return Tiles(*(tensor.index_select(0, index) for tensor in self))
 
 
 def halvings(chunk: int) -> Iterator[int]:
@@ -26,16 +44,31 @@ def halvings(chunk: int) -> Iterator[int]:
         half //= 2
 
 
-def border_factors(write: Tensor, decay_sum: Tensor, half: int) -> tuple[Tensor, Tensor]:
+def decay_after(log_forget: Tensor, dim: int) -> Tensor:
+    """Sum of log f over the tokens after each one, in fp64, without a subtraction."""
+    later = log_forget.narrow(dim, 1, log_forget.shape[dim] - 1)
+    rest = torch.zeros(log_forget.shape, dtype=torch.float64, device=log_forget.device)
+    rest.narrow(dim, 0, later.shape[dim]).copy_(
+        later.flip(dim).cumsum(dim, dtype=torch.float64).flip(dim)
+    )
+    return rest
+
+
+def border_factors(log_forget: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """Factors of blocks of 2·half tokens, each [U, blocks, half, M].
 
-    exp(G_i - G_border) right of the border, w_j · exp(G_border - G_j) left of it.
+    exp(G_i - G_border) right of the border, exp(G_border - G_j) left of it. Summed from the border
+    outwards: a decay elsewhere in the chunk, however large, does not round these.
     """
-    G = decay_sum.unflatten(1, (-1, 2, half))
-    border = G[:, :, 0, -1:]
-    right = (G[:, :, 1] - border).to(write.dtype).exp()
-    left = (border - G[:, :, 0]).to(write.dtype).exp()
-    return right, left * write.unflatten(1, (-1, 2, half))[:, :, 0]
+    log_f = log_forget.unflatten(1, (-1, 2, half))
+    right = log_f[:, :, 1].cumsum(2, dtype=torch.float64)
+    left = decay_after(log_f[:, :, 0], 2)
+    return right.to(log_forget.dtype).exp(), left.to(log_forget.dtype).exp()
+
+
+def left_write(write: Tensor, half: int) -> Tensor:
+    """The writes left of each border: [U, blocks, half, M]."""
+    return write.unflatten(1, (-1, 2, half))[:, :, 0]
 
 
 def blocks_below(square_URCC: Tensor, half: int) -> Tensor:
@@ -44,45 +77,50 @@ def blocks_below(square_URCC: Tensor, half: int) -> Tensor:
     return split[:, :, :, 1, :, :, 0, :].diagonal(dim1=2, dim2=4).movedim(-1, 2)
 
 
-def scores_inside(inside_URCC: Tensor, write: Tensor, decay_sum: Tensor) -> Tensor:
+def scores_inside(inside_URCC: Tensor, write: Tensor, log_forget: Tensor) -> Tensor:
     """Σ_{j≤i} exp(G_i - G_j) · w_j · inside_ij: [U, R, C, M]."""
     score = inside_URCC.diagonal(dim1=-2, dim2=-1)[..., None] * write[:, None]
     for half in halvings(write.shape[1]):
-        right, left = border_factors(write, decay_sum, half)
-        part = right[:, None] * (blocks_below(inside_URCC, half) @ left[:, None])
-        empty = torch.zeros_like(part)
-        score = score + torch.stack([empty, part], 3).flatten(2, 4)
+        right, left = border_factors(log_forget, half)
+        left = left * left_write(write, half)
+        part = blocks_below(inside_URCC, half) @ left[:, None]
+        score.unflatten(2, (-1, 2, half))[:, :, :, 1] += part * right[:, None]
     return score
 
 
-def mix_inside(weight_URCM: Tensor, write: Tensor, decay_sum: Tensor) -> Tensor:
+def mix_inside(weight_URCM: Tensor, write: Tensor, log_forget: Tensor) -> Tensor:
     """Σ_m weight_im · exp(G_im - G_jm) · w_jm for j <= i, else 0: [U, R, C, C]."""
     mix = torch.diag_embed((weight_URCM * write[:, None]).sum(-1))
     for half in halvings(write.shape[1]):
-        right, left = border_factors(write, decay_sum, half)
+        right, left = border_factors(log_forget, half)
+        left = left * left_write(write, half)
         weight = weight_URCM.unflatten(2, (-1, 2, half))[:, :, :, 1]
         blocks_below(mix, half).copy_((weight * right[:, None]) @ left[:, None].mT)
     return mix
 
 
+def apply_mix(mix_URCC: Tensor, v: Tensor) -> Tensor:
+    """mix · v, block by block: what lies above the diagonal is not even multiplied by zero."""
+    output = mix_URCC.diagonal(dim1=-2, dim2=-1)[..., None] * v[:, None]
+    for half in halvings(v.shape[1]):
+        left = v.unflatten(1, (-1, 2, half))[:, :, 0]
+        part = blocks_below(mix_URCC, half) @ left[:, None]
+        output.unflatten(2, (-1, 2, half))[:, :, :, 1] += part
+    return output
+
+
 def readout_exact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    write: Tensor,
-    decay_sum: Tensor,
-    start: Tensor,
-    scale: float,
-    slot_activation: SlotActivation,
+    tiles: Tiles, start: Tensor, scale: float, slot_activation: SlotActivation
 ) -> tuple[Tensor, Tensor]:
     """`readout_forward` without a bound on the decay. Returns (output, score)."""
+    q, k, v, write, log_forget, decay_sum = tiles
     K = k.shape[-1]
     grow = decay_sum.to(write.dtype).exp()[:, None]
-    inside = scores_inside(q @ k[:, None].mT, write, decay_sum)
+    inside = scores_inside(q @ k[:, None].mT, write, log_forget)
     score = scale * (grow * (q @ start[:, None, :, :K].mT) + inside)
     weight = activate(score, slot_activation)
-    mix = mix_inside(weight, write, decay_sum)
-    return (weight * grow) @ start[:, None, :, K:] + mix @ v[:, None], score
+    mix = mix_inside(weight, write, log_forget)
+    return (weight * grow) @ start[:, None, :, K:] + apply_mix(mix, v), score
 
 
 class PairGradients:
@@ -91,30 +129,30 @@ class PairGradients:
     The border cancels: it is subtracted on the right as often as it is added on the left.
     """
 
-    def __init__(self, write: Tensor, decay_sum: Tensor) -> None:
-        self.write_in, self.decay_in = write, decay_sum
-        self.write = torch.zeros_like(write)
-        self.decay_sum = torch.zeros_like(write)
+    def __init__(self, tiles: Tiles) -> None:
+        self.tiles = tiles
+        self.write = torch.zeros_like(tiles.write)
+        self.decay_sum = torch.zeros_like(tiles.decay_sum)
 
     def add(self, half: int, d_right: Tensor, d_left: Tensor) -> None:
-        """d_right, d_left: gradients of `border_factors`, [U, blocks, half, M]."""
-        right, left = border_factors(self.write_in, self.decay_in, half)
-        fade, _ = border_factors(torch.ones_like(self.write_in), self.decay_in, half)[::-1]
+        """d_right, d_left: gradients of exp(G_i - G_border) and of w_j · exp(G_border - G_j)."""
+        right, left = border_factors(self.tiles.log_forget, half)
         d_write, d_decay = (x.unflatten(1, (-1, 2, half)) for x in (self.write, self.decay_sum))
-        d_write[:, :, 0] += d_left * fade
+        d_left = d_left * left
+        d_write[:, :, 0] += d_left
         d_decay[:, :, 1] += d_right * right
-        d_decay[:, :, 0] -= d_left * left
+        d_decay[:, :, 0] -= d_left * left_write(self.tiles.write, half)
 
 
-def mix_inside_backward(
-    weight: Tensor, d_mix: Tensor, write: Tensor, decay_sum: Tensor, pairs: PairGradients
-) -> Tensor:
+def mix_inside_backward(weight: Tensor, d_mix: Tensor, pairs: PairGradients) -> Tensor:
     """Gradient of `mix_inside` for the weights; those of w and G are added to `pairs`."""
+    write, log_forget = pairs.tiles.write, pairs.tiles.log_forget
     d_same = d_mix.diagonal(dim1=-2, dim2=-1)[..., None]
     d_weight = d_same * write[:, None]
     pairs.write += (d_same * weight).sum(1)
     for half in halvings(write.shape[1]):
-        right, left = border_factors(write, decay_sum, half)
+        right, left = border_factors(log_forget, half)
+        left = left * left_write(write, half)
         read = weight.unflatten(2, (-1, 2, half))[:, :, :, 1]
         d_block = blocks_below(d_mix, half)
         d_read = d_block @ left[:, None]
@@ -124,14 +162,14 @@ def mix_inside_backward(
     return d_weight
 
 
-def scores_inside_backward(
-    inside: Tensor, d_score: Tensor, write: Tensor, decay_sum: Tensor, pairs: PairGradients
-) -> Tensor:
+def scores_inside_backward(inside: Tensor, d_score: Tensor, pairs: PairGradients) -> Tensor:
     """Gradient of `scores_inside` for `inside`; those of w and G are added to `pairs`."""
+    write, log_forget = pairs.tiles.write, pairs.tiles.log_forget
     d_inside = torch.diag_embed((d_score * write[:, None]).sum(-1))
     pairs.write += (d_score * inside.diagonal(dim1=-2, dim2=-1)[..., None]).sum(1)
     for half in halvings(write.shape[1]):
-        right, left = border_factors(write, decay_sum, half)
+        right, left = border_factors(log_forget, half)
+        left = left * left_write(write, half)
         block = blocks_below(inside, half)
         d_part = d_score.unflatten(2, (-1, 2, half))[:, :, :, 1]
         d_product = d_part * right[:, None]
@@ -142,30 +180,36 @@ def scores_inside_backward(
 
 
 def readout_exact_backward(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    tiles: Tiles,
+    start: Tensor,
     d_output: Tensor,
     scale: float,
     slot_activation: SlotActivation,
 ) -> tuple[Tensor, ...]:
-    """Gradients for `inputs` = (q, k, v, write, decay_sum, start)."""
-    q, k, v, write, decay_sum, start = inputs
+    """Gradients for (q, k, v, write, G, start), computed and returned in fp64.
+
+    What strong decays leave of d G is small against the parts it is the difference of.
+    """
+    tiles = Tiles(*(tensor.double() for tensor in tiles))
+    start, d_output = start.double(), d_output.double()
+    q, k, v, write, log_forget, decay_sum = tiles
     K = k.shape[-1]
     start_k, start_v = start[:, None, :, :K], start[:, None, :, K:]
     grow = decay_sum.to(write.dtype).exp()[:, None]
     inside = q @ k[:, None].mT
     before = grow * (q @ start_k.mT)
-    score = scale * (before + scores_inside(inside, write, decay_sum))
+    score = scale * (before + scores_inside(inside, write, log_forget))
     weight = activate(score, slot_activation)
-    mix = mix_inside(weight, write, decay_sum)
-    pairs = PairGradients(write, decay_sum)
+    mix = mix_inside(weight, write, log_forget)
+    pairs = PairGradients(tiles)
 
     d_weight_before = grow * (d_output @ start_v.mT)
     d_mix = (d_output @ v[:, None].mT).tril()
-    d_weight_inside = mix_inside_backward(weight, d_mix, write, decay_sum, pairs)
+    d_weight_inside = mix_inside_backward(weight, d_mix, pairs)
     d_score = scale * activation_backward(
         score, weight, d_weight_before + d_weight_inside, slot_activation
     )
-    d_inside = scores_inside_backward(inside, d_score, write, decay_sum, pairs)
+    d_inside = scores_inside_backward(inside, d_score, pairs)
     d_before = d_score * grow
     d_decay = (d_weight_before * weight + d_score * before).sum(1)
     d_start_k = (d_before.mT @ q).sum(1)

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from gsa.ops.chunked import (
     Read,
-    Tiles,
     Written,
+    beyond_fast,
     memory_update,
     readout_backward,
     readout_forward,
     write_backward,
     write_factors,
 )
+from gsa.ops.chunked_exact import Tiles
 from gsa.ops.reference import write_strength
 from gsa.ops.tiling import Tiling, max_chunks, segment_chunks
 from gsa.ops.types import SlotActivation, SlotAttentionOutput, compute_dtype, without_autocast
@@ -52,7 +53,7 @@ def load(
         else tiling.gather(write, chunks, dtype).flatten(0, 2)
     )
     decay_sum = log_f.cumsum(1, dtype=torch.float64)
-    return Tiles(q_tiles.unflatten(0, (-1, R)), k_tiles, v_tiles, strength, decay_sum)
+    return Tiles(q_tiles.unflatten(0, (-1, R)), k_tiles, v_tiles, strength, log_f, decay_sum)
 
 
 def memory_forward(
@@ -130,15 +131,16 @@ def chunked_forward(
     with without_autocast(q.device.type):
         for index, chunks in enumerate(tiling.segments()):
             tiles = load(tiling, chunks, (q, k, v, log_forget, write))
+            exact = beyond_fast(tiles)
             if keep_scores and not keep_every_memory:
                 kept[index] = carry
             starts = memory_forward(
-                tiling, chunks, tiles, write_factors(tiles), carry, initial_memory, ends
+                tiling, chunks, tiles, write_factors(tiles, exact), carry, initial_memory, ends
             )
             if keep_scores and keep_every_memory:
                 kept[chunks.start : chunks.stop] = starts
             shape = (len(chunks), q.shape[0], q.shape[2])
-            out, score = readout_forward(tiles, starts.flatten(0, 2), read)
+            out, score = readout_forward(tiles, exact, starts.flatten(0, 2), read)
             tiling.scatter(out.flatten(0, 1).unflatten(0, shape), chunks, output)
             if keep_scores:
                 tiling.scatter(score.flatten(0, 1).unflatten(0, shape), chunks, scores)
@@ -211,7 +213,8 @@ def chunked_backward(
     with without_autocast(q.device.type):
         for index, chunks in reversed(list(enumerate(tiling.segments()))):
             tiles = load(tiling, chunks, inputs)
-            written = write_factors(tiles)
+            exact = beyond_fast(tiles)
+            written = write_factors(tiles, exact)
             if keep_every_memory:
                 starts = kept[chunks.start : chunks.stop]
             else:
@@ -224,7 +227,7 @@ def chunked_backward(
                 tiling.gather(x, chunks, dtype).flatten(0, 2).unflatten(0, (-1, heads))
                 for x in (d_output, scores)
             )
-            gradients, d_start = readout_backward(tiles, start, score, d_out, read)
+            gradients, d_start = readout_backward(tiles, exact, start, score, d_out, read)
             d_end = memory_backward(
                 tiling, chunks, written, d_start.view(starts.shape), carry, d_ends
             )

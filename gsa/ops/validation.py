@@ -132,6 +132,8 @@ def check_step(q: Tensor, memory: Tensor, rows: Tensor | None, inplace: bool, si
     """What the one-token step asks beyond `check_inputs`. `sizes` is (G, M, K+V)."""
     if q.shape[1] != 1:
         _fail("q", "T = 1 token (shape [B, 1, H, K])", list(q.shape))
+    if not isinstance(inplace, bool):
+        _fail("inplace", "True or False", repr(inplace))
     B = q.shape[0]
     if rows is None:
         check_memory("memory", memory, q, (B, *sizes), "B, G, M, K+V")
