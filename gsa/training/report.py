@@ -39,13 +39,15 @@ def token_unit(shards: TokenShards) -> str:
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    result, mean, total = [], 0.0, 0.0
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        total = weight * total + (1 - weight)
-        result.append(mean / total)
-    return result
+    """Exponential average, forwards and then backwards, so that the curve does not lag behind."""
+    for _ in range(2):
+        averaged, mean, total = [], 0.0, 0.0
+        for value in values:
+            mean = weight * mean + (1 - weight) * value
+            total = weight * total + (1 - weight)
+            averaged.append(mean / total)
+        values = averaged[::-1]
+    return values
 
 
 def draw_curve(folder: Path, unit: str) -> None:
