@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FL
 .PHONY: demo test test-all check clean
 
 demo: .venv/run.stamp
-	$(BIN)/gsa data prepare demo/text/train --out runs/demo-data/train --reuse
-	$(BIN)/gsa data prepare demo/text/valid --out runs/demo-data/valid --reuse
+	$(BIN)/gsa data prepare demo/text/train --out runs/demo-data/train --overwrite
+	$(BIN)/gsa data prepare demo/text/valid --out runs/demo-data/valid --overwrite
 	$(BIN)/gsa train demo
 	$(BIN)/gsa generate runs/demo --prompt "ROMEO:" --max-new-tokens 300 --seed 1
 

@@ -2,15 +2,16 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gsa.layers.token_layout import TokenLayout
 
 
 class ShortConvolution(nn.Module):
-    """y_t = Σ_j weight[:, j] · x_{t-j}, j = 0 … conv_size-1, channel by channel.
+    """y_t = swish(Σ_j weight[:, 0, conv_size-1-j] · x_{t-j}), j < conv_size, by channel.
 
     `t-j` counts real tokens of the same sequence: padding is stepped over, and nothing crosses the
-    border of a packed document. No activation: the feature map that follows is the only one.
+    border of a packed document. Weight [width, 1, conv_size], oldest tap first, as fla stores it.
 
     Args:
         width: number of channels.
@@ -20,7 +21,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, width: int, conv_size: int):
         super().__init__()
         self.conv_size = conv_size
-        self.weight = nn.Parameter(torch.empty(width, conv_size))
+        self.weight = nn.Parameter(torch.empty(width, 1, conv_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -33,15 +34,16 @@ class ShortConvolution(nn.Module):
         history, order = _real_tokens_first(x_BTD, layout.pads, tail, self.conv_size)
         T, newest = x_BTD.shape[1], self.conv_size - 1
         position_T = layout.positions[0] if layout.documents is not None else None
-        y = history[:, newest:] * self.weight[:, 0]
+        tap_KD = self.weight[:, 0].T.flip(0)
+        y = history[:, newest:] * tap_KD[0]
         for j in range(1, self.conv_size):
             shifted = history[:, newest - j : newest - j + T]
             if position_T is not None:
                 shifted = shifted * (position_T >= j)[:, None].to(shifted.dtype)
-            y = y + shifted * self.weight[:, j]
+            y = y + shifted * tap_KD[j]
         if order is not None:
             y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
-        return y.to(x_BTD.dtype), _last_real_tokens(history, layout.pads, self.conv_size)
+        return F.silu(y).to(x_BTD.dtype), _last_real_tokens(history, layout.pads, self.conv_size)
 
 
 def next_tail(x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size: int) -> Tensor:

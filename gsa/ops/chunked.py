@@ -34,9 +34,9 @@ from gsa.ops.activation import activate, activation_backward
 from gsa.ops.chunked_exact import Tiles, decay_after, readout_exact, readout_exact_backward
 from gsa.ops.types import SlotActivation
 
-# Largest total log-decay of a chunk for the fast form. In fp32 exp(60) leaves room for another 1e12
-# before overflow. In fp64 it is a question of rounding: G can't be summed more precisely than that.
-FAST_LIMIT = {torch.float32: 60.0, torch.float64: 4.0}
+# Largest total log-decay of a chunk for the fast form: in fp32 exp(60) leaves room for another 1e12
+# before overflow. fp64 is for checking and never takes it: G itself can't be summed more precisely.
+FAST_LIMIT = {torch.float32: 60.0, torch.float64: -1.0}
 
 
 class Read(NamedTuple):
