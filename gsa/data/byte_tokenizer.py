@@ -51,7 +51,8 @@ def save_byte_tokenizer(folder: str | Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into `folder`, for `AutoTokenizer`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    build_byte_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = build_byte_tokenizer().to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS_TOKEN,

@@ -77,6 +77,8 @@ class PackedRows:
         batch(p, 4) is batch(p, 1), …, batch(p + 3, 1) end to end, over epoch ends too. Returns
         tensors on the CPU, input_ids and labels [1, rows · seq_len].
         """
+        _check_at_least("rows", rows, 1)
+        _check_fits_int32(rows * self.seq_len)
         starts = self.row_ids(position, rows) * self.seq_len
         return _pack(self.shards, starts, starts + self.seq_len)
 
@@ -89,6 +91,7 @@ def validation_batches(shards: TokenShards, *, seq_len: int, rows: int) -> Itera
     """
     _check_at_least("seq_len", seq_len, 1)
     _check_at_least("rows", rows, 1)
+    _check_fits_int32(min(rows * seq_len, shards.num_tokens))
     for first in range(0, shards.num_tokens, seq_len * rows):
         last = min(first + seq_len * rows, shards.num_tokens)
         starts = np.arange(first, last, seq_len, dtype=np.int64)
@@ -97,8 +100,6 @@ def validation_batches(shards: TokenShards, *, seq_len: int, rows: int) -> Itera
 
 def _pack(shards: TokenShards, starts: np.ndarray, ends: np.ndarray) -> Batch:
     total = int((ends - starts).sum())
-    if total >= 2**31:
-        raise ValueError(f"rows: a batch takes fewer than 2^31 tokens, got {total}; ask fewer rows")
     ids = np.empty(total, dtype=np.int64)
     boundaries = []
     filled = 0
@@ -114,6 +115,14 @@ def _pack(shards: TokenShards, starts: np.ndarray, ends: np.ndarray) -> Batch:
     labels[0, boundaries] = IGNORE
     cu_seqlens = torch.tensor([*boundaries, total], dtype=torch.int32)
     return Batch(input_ids, labels, cu_seqlens)
+
+
+def _check_fits_int32(tokens: int) -> None:
+    # cu_seqlens is int32: that is what packed kernels take.
+    if tokens >= 2**31:
+        raise ValueError(
+            f"rows: a batch takes fewer than 2^31 tokens, got {tokens}; ask fewer rows"
+        )
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
