@@ -25,7 +25,7 @@ def demo() -> TrainConfig:
             "tie_word_embeddings": True,
         },
         seq_len=512,
-        rows=8,
+        rows=4,
         steps=900,
         lr=4e-3,
         min_lr=2e-4,
