@@ -21,12 +21,15 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times CPU functions in turns, so that a slow moment of the machine hits all of them.
 
-    Every function is called once to warm up and at least 3 times; rounds go on until each function
-    had `seconds` on average, or `max_calls` calls.
+    Every function warms up for a tenth of `seconds` and is timed at least 3 times; rounds go on
+    until each function had `seconds` on average, or `max_calls` calls.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
+        begin = time.perf_counter()
         function()
+        while time.perf_counter() - begin < seconds / 10:
+            function()
     begin = time.perf_counter()
     for done in range(max_calls):
         if done >= 3 and time.perf_counter() - begin > seconds * len(functions):
