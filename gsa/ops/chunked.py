@@ -11,8 +11,8 @@ The first line is the write side (`memory_forward`, `memory_backward`), the othe
 (`readout_forward`, `readout_backward`): one function per stage, so that a kernel has a twin to be
 compared with. The write side never sees a factor above 1. The read side has two forms:
 
-- fast, here: exp(G_i - G_j) is split into exp(G_i) · exp(-G_j), so that whole tiles are multiplied.
-  Exact as long as exp(-G_j) is far from overflow, which the decay of the whole chunk decides.
+- fast, here: exp(G_i - G_j) is split into exp(G_i - S) · exp(S - G_j), so that whole tiles are
+  multiplied. Exact as long as both are far from overflow, which the decay of the chunk decides.
 - exact for any decay, in `chunked_exact.py`, taken by the tiles that need it.
 
 G is summed and exponentiated in fp64: in fp32 its rounding would be amplified by the size of the
@@ -34,9 +34,12 @@ from gsa.ops.activation import activate, activation_backward
 from gsa.ops.chunked_exact import Tiles, decay_after, readout_exact, readout_exact_backward
 from gsa.ops.types import SlotActivation
 
-# Largest total log-decay of a chunk for the fast form: in fp32 exp(60) leaves room for another 1e12
-# before overflow. fp64 is for checking and never takes it: G itself can't be summed more precisely.
+# Largest exponent of the fast form: in fp32 exp(60) leaves room for another 1e12 before overflow.
+# fp64 is for checking and never takes it: G itself can't be summed more precisely.
 FAST_LIMIT = {torch.float32: 60.0, torch.float64: -1.0}
+
+STEEP = 0.9
+"""Mean log-decay per token above which a slot's gate gradient is more than rounding noise."""
 
 
 class Read(NamedTuple):
@@ -88,21 +91,44 @@ def memory_update(tiles: Tiles, written: Written) -> Tensor:
     return update
 
 
-def fast_factors(tiles: Tiles) -> tuple[Tensor, Tensor]:
-    """exp(G_i) and exp(-G_j) · w_j, both [U, C, M]; not finite in tiles beyond this form."""
-    grow = tiles.decay_sum.exp().to(tiles.write.dtype)
-    return grow, tiles.write / grow
+class Fast(NamedTuple):
+    """The factors of the fast form; not finite in tiles beyond it."""
+
+    grow: Tensor  # [U, C, M]  exp(G_i - S)
+    lifted: Tensor  # [U, C, M]  exp(S - G_j) · w_j
+    fade_in: Tensor | None  # [U, M, 1]  exp(S), None if S = 0 throughout
+
+
+def fast_factors(tiles: Tiles) -> Fast:
+    """S is 0, or half of G_C in slots where G_C would take exp(-G_j) out of range.
+
+    Not half of G_C everywhere: S = 0 depends on no later token, and costs nothing.
+    """
+    dtype = tiles.write.dtype
+    total = tiles.decay_sum[:, -1:]
+    steep = total < -FAST_LIMIT[dtype]
+    if not steep.any():
+        grow = tiles.decay_sum.exp().to(dtype)
+        return Fast(grow, tiles.write / grow, None)
+    shift = torch.where(steep, total / 2, 0.0)
+    grow = (tiles.decay_sum - shift).exp_().to(dtype)
+    return Fast(grow, tiles.write / grow, shift.exp_().to(dtype).mT)
 
 
 def beyond_fast(tiles: Tiles) -> Tensor:
-    """Indices of the tiles that the fast form cannot do: int64 [number of tiles].
+    """Indices of the tiles that the fast form cannot do: int64 [number of tiles]. Either
 
-    Their decay is too strong; or a value or write is not finite, which the zeros above the diagonal
-    would carry to earlier tokens (0 · NaN).
+    - the decay of a slot is too strong, or that of all slots is: then d log f is small against the
+      parts it is the difference of, and rounding would show;
+    - or a value or write is not finite, which the zeros above the diagonal would carry to earlier
+      tokens (0 · NaN).
     """
-    deepest = tiles.decay_sum[:, -1].amin(-1)
-    finite = (tiles.v.sum((1, 2)) + tiles.write.sum((1, 2))).isfinite()
-    return (~finite | (deepest < -FAST_LIMIT[tiles.write.dtype])).nonzero().flatten()
+    total = tiles.decay_sum[:, -1]
+    tokens = (tiles.log_forget.amin(-1) < 0).sum(1)  # without padding
+    beyond = total.amin(-1) < -2 * FAST_LIMIT[tiles.write.dtype]
+    beyond |= total.amax(-1) < -STEEP * tokens
+    beyond |= ~(tiles.v.sum((1, 2)) + tiles.write.sum((1, 2))).isfinite()
+    return beyond.nonzero().flatten()
 
 
 def causal_(product_URCC: Tensor) -> Tensor:
@@ -119,16 +145,17 @@ def readout_forward(
     Returns (output [U, R, C, V], score [U, R, C, M] before the activation).
     """
     U, R, C, K = tiles.q.shape
-    grow, lifted = fast_factors(tiles)
+    grow, lifted, fade_in = fast_factors(tiles)
+    memory = start if fade_in is None else start * fade_in
     q = tiles.q.flatten(1, 2)
     inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
-    score = torch.bmm(q, start[..., :K].mT).add_(torch.bmm(inside, lifted)).unflatten(1, (R, C))
+    score = torch.bmm(q, memory[..., :K].mT).add_(torch.bmm(inside, lifted)).unflatten(1, (R, C))
     score.mul_(grow[:, None])
     if read.scale != 1:
         score.mul_(read.scale)
     weight = (activate(score, read.slot_activation) * grow[:, None]).flatten(1, 2)
     mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
-    output = torch.bmm(weight, start[..., K:]).add_(torch.bmm(mix, tiles.v)).unflatten(1, (R, C))
+    output = torch.bmm(weight, memory[..., K:]).add_(torch.bmm(mix, tiles.v)).unflatten(1, (R, C))
     if exact.numel():
         redone = readout_exact(tiles.at(exact), start.index_select(0, exact), *read)
         output.index_copy_(0, exact, redone[0])
@@ -141,13 +168,14 @@ def readout_backward(
 ) -> tuple[TileGradients, Tensor]:
     """Gradients of `readout_forward` for d_output [U, R, C, V]; the second result is d start."""
     U, R, C, K = tiles.q.shape
-    grow, lifted = fast_factors(tiles)
+    grow, lifted, fade_in = fast_factors(tiles)
+    memory = start if fade_in is None else start * fade_in
     q, d_out = tiles.q.flatten(1, 2), d_output.flatten(1, 2)
     weight = activate(score, read.slot_activation)
 
     d_mix = causal_(torch.bmm(d_out, tiles.v.mT).view(U, R, C, C)).view(U, R * C, C)
     d_weight = (
-        torch.bmm(d_out, start[..., K:].mT).add_(torch.bmm(d_mix, lifted)).unflatten(1, (R, C))
+        torch.bmm(d_out, memory[..., K:].mT).add_(torch.bmm(d_mix, lifted)).unflatten(1, (R, C))
     )
     d_weight.mul_(grow[:, None])
     d_score = activation_backward(score, weight, d_weight, read.slot_activation)
@@ -163,7 +191,7 @@ def readout_backward(
     d_lifted = torch.bmm(inside.mT, d_score).add_(torch.bmm(d_mix.mT, weight))
     gradients = TileGradients(
         q=torch.bmm(d_inside, tiles.k)
-        .add_(torch.bmm(d_score, start[..., :K]))
+        .add_(torch.bmm(d_score, memory[..., :K]))
         .unflatten(1, (R, C)),
         k=torch.bmm(d_inside.mT, q),
         v=torch.bmm(mix.mT, d_out),
@@ -173,6 +201,8 @@ def readout_backward(
     d_start = torch.empty_like(start)
     torch.bmm(d_score.mT, q, out=d_start[..., :K])
     torch.bmm(weight.mT, d_out, out=d_start[..., K:])
+    if fade_in is not None:
+        d_start.mul_(fade_in)
 
     if exact.numel():
         redone = readout_exact_backward(

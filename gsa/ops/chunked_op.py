@@ -34,8 +34,8 @@ def keep_freed_memory() -> None:
     """Has the C library keep what a segment frees, for the next segment.
 
     glibc returns freed memory to the system beyond twice the largest block it saw freed, up to
-    32 MB. Until then the tiles of every segment, of a few MB, are mapped and zeroed anew, which took
-    a third of the time. Freeing one block of that size, its pages never touched, settles it.
+    32 MB. Until then every segment's tiles, of a few MB, are mapped and zeroed anew, which took a
+    third of the time. Freeing one block of that size, its pages never touched, settles it.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
