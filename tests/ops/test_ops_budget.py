@@ -182,7 +182,7 @@ def test_a_backward_under_autocast_changes_nothing_either(dtype):
 
 @pytest.mark.parametrize("log_forget", [-1.2, -1.8, -2.5])
 def test_one_steep_slot_beside_mild_ones(impl, log_forget):
-    """What trained gates look like: up to -1.87 the slot is shifted within a whole tile, then not."""
+    """What trained gates look like: to -1.87 a slot is shifted within a whole tile, then not."""
     inputs = make_inputs(T=150, H=2, G=1, K=8, V=8, dtype=torch.float32, memory=1)
     inputs["log_forget"][..., 1] = log_forget
     check(impl, inputs, cotangents(inputs))
