@@ -26,13 +26,13 @@ def demo() -> TrainConfig:
         },
         seq_len=512,
         rows=4,
-        steps=900,
+        steps=700,
         lr=4e-3,
         min_lr=2e-4,
         warmup=50,
-        validation_interval=150,
+        validation_interval=140,
         validation_rows=32,
-        checkpoint_interval=300,
+        checkpoint_interval=350,
         prompt="ROMEO:",
     )
 
