@@ -39,7 +39,7 @@ from gsa.ops.types import SlotActivation
 FAST_LIMIT = {torch.float32: 60.0, torch.float64: -1.0}
 
 STEEP = 0.9
-"""Mean log-decay per token above which a slot's gate gradient is more than rounding noise."""
+"""A slot that decays faster per token, in log f, has a gate gradient lost in rounding noise."""
 
 
 class Read(NamedTuple):
