@@ -1,10 +1,14 @@
 """The operator's public functions: validation, and the choice of an implementation."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from gsa.ops.chunked_op import chunked_attention
 from gsa.ops.reference import reference_attention, reference_step
+from gsa.ops.triton.op import triton_attention, unfit_for_triton
+from gsa.ops.triton.step_op import triton_step
 from gsa.ops.types import Impl, SlotActivation, SlotAttentionOutput, without_autocast
 from gsa.ops.validation import (
     check_inputs,
@@ -14,24 +18,52 @@ from gsa.ops.validation import (
     check_step,
 )
 
+HAS_TRITON = find_spec("triton") is not None
 
-def describe_impl(impl: Impl, device: torch.device) -> tuple[str, str]:
+
+def triton_problem(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a device; empty if they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device.type == "cuda":
+        # Not while tracing: what asks a device about itself would break the graph.
+        if not torch.compiler.is_compiling():
+            major, minor = torch.cuda.get_device_capability(device)
+            if torch.version.cuda and major < 8:
+                return f"they need compute capability 8.0 or newer, {device} has {major}.{minor}"
+        return ""
+    if device.type != "cpu":
+        return f"they run on CUDA devices, not on {device.type}"
+    from gsa.ops.triton.launch import INTERPRETED
+
+    return "" if INTERPRETED else "they need a CUDA device (or Triton's interpreter, on a CPU)"
+
+
+def describe_impl(impl: Impl, device: torch.device, unfit: str = "") -> tuple[str, str]:
     """Which implementation `impl` means on `device`, and why.
 
+    Args:
+        unfit: what the Triton kernels cannot do about the inputs at hand; empty if nothing.
+
     Returns:
-        (name, reason), name one of reference, chunked.
+        (name, reason), name one of reference, chunked, triton.
 
     Raises:
         ValueError: a named implementation cannot run there. Only "auto" ever chooses.
     """
+    if impl in ("reference", "chunked") or (impl == "auto" and device.type != "cuda"):
+        if impl == "auto":
+            return "chunked", f"the fastest form for {device.type}"
+        return impl, "asked for by name"
+    problem = unfit or triton_problem(device)
+    if not problem:
+        return "triton", "asked for by name" if impl == "triton" else "the fastest form for cuda"
     if impl == "triton":
         raise ValueError(
-            "impl: expected an implementation that can run here, got 'triton': this version has no "
-            "Triton kernels; use impl='auto'"
+            f"impl: expected an implementation that can run here, got 'triton': Triton kernels: "
+            f"{problem}; use impl='auto'"
         )
-    if impl != "auto":
-        return impl, "asked for by name"
-    return "chunked", f"the fastest form for {device.type} in this version"
+    return "chunked", f"Triton kernels: {problem}"
 
 
 def gated_slot_attention(
@@ -70,8 +102,10 @@ def gated_slot_attention(
             packed in one row (B = 1, memory [S, G, M, K+V]); sequences may be empty. Contents are
             checked on the CPU; `check_cu_seqlens` checks a device tensor.
         recompute: True keeps little for the backward pass (inputs, scores, a few memories); False
-            also keeps the memory at every chunk boundary.
-        impl: auto, reference, chunked or triton. A named one never falls back.
+            also keeps the memory at every chunk boundary (triton: every 256 tokens, which is what
+            its backward pass looks at).
+        impl: auto, reference, chunked or triton. A named one never falls back; auto takes triton
+            on a CUDA device for what its kernels can do, else chunked.
 
     Returns:
         SlotAttentionOutput: output [B, T, H, V] in q's dtype; memory after the last token in fp32
@@ -91,10 +125,12 @@ def gated_slot_attention(
         letters = "B, G, M, K+V" if cu_seqlens is None else "S, G, M, K+V"
         check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
     arguments = (q, k, v, log_forget, write, scale, slot_activation, initial_memory, cu_seqlens)
-    chosen, _ = describe_impl(impl, q.device)
+    chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_forget))
     with without_autocast(q.device.type):
         if chosen == "reference":
             return reference_attention(*arguments)
+        if chosen == "triton":
+            return triton_attention(*arguments, recompute)
         return chunked_attention(*arguments, recompute)
 
 
@@ -134,7 +170,11 @@ def gated_slot_step(
     """
     check_options(scale, slot_activation, impl)
     check_step(q, memory, rows, inplace, check_inputs(q, k, v, log_forget, write))
-    describe_impl(impl, q.device)
+    chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_forget))
+    if chosen == "triton":
+        return triton_step(
+            q, k, v, log_forget, write, memory, scale, slot_activation, inplace, rows
+        )
     with without_autocast(q.device.type):
         before = memory if rows is None else memory.index_select(0, rows)
         output, after = reference_step(q, k, v, log_forget, write, before, scale, slot_activation)

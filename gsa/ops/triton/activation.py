@@ -1,0 +1,111 @@
+"""Scores to read weights and back: the kernels that see a token's slots side by side."""
+
+# Triton's types do not describe what may stand in a kernel or be passed to one.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportReturnType=false
+
+import triton
+import triton.language as tl
+
+from gsa.ops.triton.common import activate, activation_backward, chunk_decays, find_span
+from gsa.ops.triton.gates import load_gate, load_write
+
+
+@triton.jit
+def sum_slices(parts, place, mask, step, SLICES: tl.constexpr):
+    """Adds what `contract_kernel` left for each slice of columns, `step` numbers apart."""
+    total = tl.load(parts + place, mask=mask, other=0.0)
+    for s in tl.static_range(1, SLICES):
+        total += tl.load(parts + s * step + place, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["tokens", "all_tokens"])
+def activate_kernel(
+    raw, own,  # [slices, tokens, H, M], [slices, tokens, H] fp32: what `contract_kernel` left
+    log_forget, write,  # [tokens, G, M]
+    steep_flags,  # [chunks, G]
+    read,  # out [tokens, H, M]: read weights, times `grow`
+    kept_raw, kept_own,  # out [tokens, H, M], [tokens, H] fp32: the sums, for the backward pass
+    owners, bounds, tokens, all_tokens, scale,
+    H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr,
+    SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """score = scale · (grow · raw + w · own), read = activation(score) · grow."""
+    R: tl.constexpr = H // G
+    group, chunk = tl.program_id(0) % G, tl.program_id(0) // G
+    _, _, _, start, stop = find_span(chunk, owners, bounds, tokens, C, PACKED)
+    rows, slots = tl.arange(0, C), tl.arange(0, M_PAD)
+    valid, present = start + rows < stop, slots < M
+    mask = valid[:, None] & present[None, :]
+    log_f = load_gate(log_forget, start, stop, group, slots, G, M, C)
+    w = load_write(log_f, write, start, stop, group, slots, G, M, C)
+    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
+    if tl.load(steep_flags + chunk * G + group) != 0:
+        grow = tl.full(grow.shape, 1.0, tl.float32)
+    step = all_tokens.to(tl.int64) * H
+    for r in range(R):
+        head = group * R + r
+        row = start * H + head
+        place = row * M + rows[:, None] * (H * M) + slots[None, :]
+        raw_CM = sum_slices(raw, place, mask, step * M, SLICES)
+        own_C = sum_slices(own, row + rows * H, valid, step, SLICES)
+        score = scale * (grow * raw_CM + w * own_C[:, None])
+        weight = activate(score, present[None, :], ACTIVATION)
+        tl.store(read + place, weight * grow, mask=mask)
+        if kept_raw is not None:
+            tl.store(kept_raw + place, raw_CM, mask=mask)
+            tl.store(kept_own + row + rows * H, own_C, mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens", "all_tokens"])
+def activate_backward_kernel(
+    raw, own,  # [slices, tokens, H, M], [slices, tokens, H] fp32: d output against values
+    kept_raw, kept_own,  # [tokens, H, M], [tokens, H] fp32: queries against keys
+    log_forget, write,  # [tokens, G, M]
+    steep_flags,  # [chunks, G]
+    read, d_score,  # out [tokens, H, M]: read weights and d scores, times `grow`
+    read_terms, own_terms,  # out [tokens, G, M] fp32, for `gate_gradient_kernel`
+    owners, bounds, tokens, all_tokens, scale,
+    H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr,
+    SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the scores; what each token reads of others; what it reads of its own write."""
+    R: tl.constexpr = H // G
+    group, chunk = tl.program_id(0) % G, tl.program_id(0) // G
+    _, _, _, start, stop = find_span(chunk, owners, bounds, tokens, C, PACKED)
+    rows, slots = tl.arange(0, C), tl.arange(0, M_PAD)
+    valid, present = start + rows < stop, slots < M
+    mask = valid[:, None] & present[None, :]
+    log_f = load_gate(log_forget, start, stop, group, slots, G, M, C)
+    w = load_write(log_f, write, start, stop, group, slots, G, M, C)
+    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
+    if tl.load(steep_flags + chunk * G + group) != 0:
+        grow = tl.full(grow.shape, 1.0, tl.float32)
+    read_term = tl.zeros([C, M_PAD], tl.float32)
+    own_term = tl.zeros([C, M_PAD], tl.float32)
+    step = all_tokens.to(tl.int64) * H
+    for r in range(R):
+        head = group * R + r
+        row = start * H + head
+        place = row * M + rows[:, None] * (H * M) + slots[None, :]
+        raw_CM = tl.load(kept_raw + place, mask=mask, other=0.0)
+        own_C = tl.load(kept_own + row + rows * H, mask=valid, other=0.0)
+        score = scale * (grow * raw_CM + w * own_C[:, None])
+        weight = activate(score, present[None, :], ACTIVATION)
+        d_raw = sum_slices(raw, place, mask, step * M, SLICES)
+        d_own = sum_slices(own, row + rows * H, valid, step, SLICES)
+        d_weight = grow * d_raw + w * d_own[:, None]
+        d_score_CM = activation_backward(score, weight, d_weight, ACTIVATION) * scale
+        own_term += weight * d_own[:, None] + d_score_CM * own_C[:, None]
+        # Rounded as `write_back_kernel` will see them, so that the terms of a pair are the same.
+        weight = (weight * grow).to(read.dtype.element_ty)
+        d_score_CM = (d_score_CM * grow).to(read.dtype.element_ty)
+        read_term += weight.to(tl.float32) * d_raw + d_score_CM.to(tl.float32) * raw_CM
+        tl.store(read + place, weight, mask=mask)
+        tl.store(d_score + place, d_score_CM, mask=mask)
+    place = (start * G + group) * M + rows[:, None] * (G * M) + slots[None, :]
+    tl.store(read_terms + place, read_term, mask=mask)
+    tl.store(own_terms + place, own_term, mask=mask)

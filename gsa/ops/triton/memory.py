@@ -1,0 +1,108 @@
+"""Tiles of tokens and columns of the memory, on their way into and out of registers.
+
+A tile comes in one of two ways. Whole chunks in an even layout go through tensor descriptors (the
+copy engine of Hopper GPUs: no addresses in registers, and what lies beyond a row is read as zero
+and not written). All else goes through masked pointers.
+"""
+
+# Triton's types do not describe what may stand in a kernel or be passed to one.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportReturnType=false
+
+import triton
+import triton.language as tl
+
+from gsa.ops.triton.common import boundary_number
+
+
+@triton.jit
+def load_tile(tiles, row, head, place, column, C: tl.constexpr, BLOCK: tl.constexpr):
+    """[C, BLOCK] at token `place` of a descriptor over [rows, heads, tokens, width]."""
+    return tiles.load([row, head, place, column]).reshape(C, BLOCK)
+
+
+@triton.jit
+def store_tile(tiles, value, row, head, place, column, C: tl.constexpr, BLOCK: tl.constexpr):
+    tiles.store([row, head, place, column], value.to(tiles.dtype).reshape(1, 1, C, BLOCK))
+
+
+@triton.jit
+def load_rows(x, stride, first, stop, cols, wanted, C: tl.constexpr):
+    """[C, columns] from token `first` on, by pointers; 0 beyond `stop` and where not `wanted`."""
+    rows = tl.arange(0, C)
+    mask = (first + rows < stop)[:, None] & wanted[None, :]
+    return tl.load(
+        x + first * stride + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def store_rows(x, value, stride, first, stop, cols, wanted, C: tl.constexpr):
+    rows = tl.arange(0, C)
+    mask = (first + rows < stop)[:, None] & wanted[None, :]
+    tl.store(x + first * stride + rows[:, None] * stride + cols[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_memory(base, row, X: tl.constexpr, M: tl.constexpr, cols, wanted,
+                M_PAD: tl.constexpr):  # fmt: skip
+    """Columns of memory `row` of [.., M, X], in fp32; 0 beyond M and where not `wanted`."""
+    slots = tl.arange(0, M_PAD)
+    mask = (slots < M)[:, None] & wanted[None, :]
+    place = slots[:, None] * X + cols[None, :]
+    return tl.load(base + row.to(tl.int64) * (M * X) + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_memory(base, row, memory, X: tl.constexpr, M: tl.constexpr, cols, wanted,
+                 M_PAD: tl.constexpr):  # fmt: skip
+    slots = tl.arange(0, M_PAD)
+    mask = (slots < M)[:, None] & wanted[None, :]
+    place = slots[:, None] * X + cols[None, :]
+    tl.store(base + row.to(tl.int64) * (M * X) + place, memory, mask=mask)
+
+
+@triton.jit
+def border_memory(inner, outer, is_outermost, inner_row, outer_row, X: tl.constexpr,
+                  M: tl.constexpr, cols, wanted, M_PAD: tl.constexpr):  # fmt: skip
+    """The memory (or its gradient) that a walk starts from: `outer` at the sequence's border, what
+    `combine_kernel` left in `inner` within it, zero where there is none."""
+    memory = tl.zeros([M_PAD, cols.shape[0]], tl.float32)
+    if is_outermost:
+        if outer is not None:
+            memory = load_memory(outer, outer_row, X, M, cols, wanted, M_PAD)
+    elif inner is not None:
+        memory = load_memory(inner, inner_row, X, M, cols, wanted, M_PAD)
+    return memory
+
+
+@triton.jit
+def load_fades(fades, row, M: tl.constexpr, M_PAD: tl.constexpr):
+    """exp(S) and exp(G_C - S) of a chunk, each [M_PAD]: see `chunk_decays`."""
+    slots = tl.arange(0, M_PAD)
+    fade = fades + row.to(tl.int64) * (2 * M) + slots
+    fade_in = tl.load(fade, mask=slots < M, other=0.0)
+    fade_out = tl.load(fade + M, mask=slots < M, other=0.0)
+    return fade_in, fade_out
+
+
+@triton.jit
+def next_steep(flags, start_flag, step, position, count, COUNT: tl.constexpr):
+    """The first chunk >= position that is flagged, or count. Flags lie `step` apart."""
+    index = tl.arange(0, COUNT)
+    flag = tl.load(flags + start_flag + index * step, mask=index < count, other=0)
+    return tl.min(tl.where((flag != 0) & (index >= position), index, count), 0)
+
+
+@triton.jit
+def is_border(chunk, first, end, C: tl.constexpr, SNAPSHOT: tl.constexpr):
+    """Whether a chunk ends where the backward pass looks at the memory, within a sequence."""
+    return ((chunk + 1) % (SNAPSHOT // C) == 0) & (first + C < end)
+
+
+@triton.jit
+def snapshot_row(owner, begin, first, tokens, head, G: tl.constexpr, C: tl.constexpr,
+                 SNAPSHOT: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """The row of [borders · G] that holds the memory after the chunk at `first`."""
+    border = boundary_number(owner, begin, first + C - SNAPSHOT, tokens, SNAPSHOT, PACKED)
+    return border * G + head

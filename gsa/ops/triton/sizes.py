@@ -1,0 +1,69 @@
+"""Sizes that results depend on. Free of triton, so that tracing can use them.
+
+Segments depend on the length of a sequence, never on the batch: a row in a batch is computed
+exactly like the row alone.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+CHUNK = 64
+"""Tokens per chunk."""
+
+SNAPSHOT = 256
+"""Tokens from one memory that the backward pass looks at to the next."""
+
+
+def segment_tokens(tokens: int, packed: bool) -> int:
+    """Tokens that one program walks. Shorter segments would fill a GPU with fewer sequences, but
+    every border costs a second look at what is written before it."""
+    return 1024 if packed else 2048
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Letters as in `gsa/ops/types.py`; packed: S sequences in one row, else S is B."""
+
+    B: int
+    T: int
+    H: int
+    G: int
+    K: int
+    V: int
+    M: int
+    S: int
+    packed: bool
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu: Tensor | None) -> "Sizes":
+        (B, T, H, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
+        return Sizes(B, T, H, G, K, V, M, B if cu is None else cu.shape[0] - 1, cu is not None)
+
+    @property
+    def X(self) -> int:
+        return self.K + self.V
+
+    @property
+    def tokens(self) -> int:
+        return self.B * self.T
+
+    @property
+    def unit(self) -> int:
+        return segment_tokens(self.T, self.packed)
+
+    @property
+    def segmented(self) -> bool:
+        """Whether a sequence can have two segments."""
+        return self.unit < self.T
+
+    def spans(self, length: int) -> int:
+        """Spans of `length` tokens, numbered as in `find_span` of `common.py`."""
+        if self.packed:
+            return self.T // length + self.S
+        return self.B * ((self.T + length - 1) // length if self.T > 0 else 1)
+
+    @property
+    def borders(self) -> int:
+        """Memories kept within sequences, every SNAPSHOT tokens."""
+        return self.B * (self.T // SNAPSHOT)

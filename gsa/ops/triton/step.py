@@ -1,0 +1,332 @@
+"""One token against the memory, for decoding: two Triton kernels and their launch.
+
+    memory' = Diag(exp(log_forget)) · memory + write ⊗ [k ; v]
+    output  = activation(scale · memory'[:, :K] · q)ᵀ · memory'[:, K:]
+
+(paper Eq. 6, arXiv 2409.07146). A step is as fast as the memory is read once and written once.
+
+`advance_kernel`: a program owns a block of slots of one key/value head. It reads their rows,
+forgets, writes, stores and scores them (a slot's score needs its own row only: no program waits for
+another, and the update may be in place), and for each query head of the group sums its values,
+weighted. For softmax the weights are relative to the block's largest score, kept beside their sum.
+`combine_kernel` adds a query head's sums in a fixed order. One block needs no combining.
+
+What is compiled depends on H, G, K, V, M, dtypes and options only: no argument is specialised on
+its value or alignment, and `step_op.py` brings every tensor to the alignment that K and V promise.
+So a row gives the same bits whatever stands beside it, and products are not fused into sums, so
+that it gives the same bits in a pool and by itself. All arithmetic is fp32.
+
+Letters beyond the package's: N blocks of S slots · C columns held at once · P numbers of a partial
+result.
+"""
+
+# Triton's types do not describe what may stand in a kernel or be passed to one.
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def exp_and_complement(x):
+    """(exp(x), 1 - exp(x)) for fp32 x <= 0, each to about an ulp, the second near x = 0 too.
+
+    x = n·ln 2 + r, exp(x) = 2^n (1 + p(r)). The device's own exponential errs by |x| ulp.
+    """
+    x = tl.where(x < -128.0, -128.0, x)  # a maximum would hide NaN
+    n = tl.floor(x * 1.4426950408889634 + 0.5)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = r * (1.0 / 720.0 + r * (1.0 / 5040.0))
+    p = r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + p)))
+    p = r + r * r * (0.5 + p)
+    power = (tl.maximum(n.to(tl.int32) + 127, 0) << 23).to(tl.float32, bitcast=True)
+    return power + power * p, (1.0 - power) - power * p
+
+
+@triton.jit
+def vector(pointer, offset, columns, ALIGNED: tl.constexpr):
+    """Pointers to `columns` of the vector at `offset`.
+
+    The promise of four numbers at a time spreads them over the threads like a row of the memory.
+    """
+    start = pointer + offset
+    if ALIGNED:
+        start = tl.multiple_of(start, pointer.dtype.element_ty.primitive_bitwidth // 2)
+    return start + columns
+
+
+@triton.jit
+def load_vector(pointer, offset, columns, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    target = vector(pointer, offset, columns, ALIGNED)
+    return tl.load(target, mask=columns < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_vector(pointer, offset, columns, value_C, WIDTH: tl.constexpr, ALIGNED: tl.constexpr):
+    target = vector(pointer, offset, columns, ALIGNED)
+    tl.store(target, value_C.to(pointer.dtype.element_ty), mask=columns < WIDTH)
+
+
+@triton.jit
+def tile_of(row_S, columns, mine_S, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
+    """Offsets [S, C] of `columns`, of WIDTH, in vectors that start at row_S + SHIFT; their mask."""
+    offsets = row_S[:, None] + (SHIFT + columns)[None, :]
+    return offsets, mine_S[:, None] & (columns < WIDTH)[None, :]
+
+
+@triton.jit
+def renew(after, offsets, mask, old_SC, token_C, forget_S, write_S):
+    """Forgets and writes a tile of the memory, stores it and returns it."""
+    new_SC = forget_S[:, None] * old_SC + write_S[:, None] * token_C[None, :]
+    tl.store(after + offsets, new_SC, mask=mask)
+    return new_SC
+
+
+@triton.jit
+def read_weights(score_SR, inside_S, ACTIVATION: tl.constexpr):
+    """Weights of the slots [S, R], for softmax relative to the largest score [R] among them."""
+    top_R = tl.max(score_SR, 0)
+    if ACTIVATION == "softmax":
+        score_SR = tl.where(inside_S[:, None], score_SR, -float("inf"))
+        top_R = tl.max(score_SR, 0)
+        zero_R = tl.where(top_R == -float("inf"), 0.0, top_R)  # never -inf - -inf
+        score_SR, _ = exp_and_complement(score_SR - zero_R[None, :])
+    elif ACTIVATION == "swish":
+        small_SR, _ = exp_and_complement(-tl.abs(score_SR))
+        score_SR = score_SR * tl.where(score_SR < 0.0, small_SR, 1.0) / (1.0 + small_SR)
+    elif ACTIVATION == "relu":
+        score_SR = tl.where(score_SR < 0.0, 0.0, score_SR)
+    elif ACTIVATION == "relu2":
+        score_SR = tl.where(score_SR < 0.0, 0.0, score_SR * score_SR)
+    return score_SR, top_R
+
+
+@triton.jit
+def advance_keys(
+    q, k, pair, before, after, row_S, mine_S, forget_S, write_S,
+    K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Renews the keys of the block; returns keys · q for each query head, [S, HEADS]."""
+    S: tl.constexpr = row_S.shape[0]
+    heads = tl.arange(0, HEADS)
+    score_SR = tl.zeros([S, HEADS], tl.float32)
+    for start in range(0, K, C):
+        columns = start + tl.arange(0, C)
+        offsets, mask = tile_of(row_S, columns, mine_S, 0, K)
+        keys_SC = tl.load(before + offsets, mask=mask, other=0.0)
+        k_C = load_vector(k, pair * K, columns, K, ALIGNED)
+        q_C = load_vector(q, pair * R * K, columns, K, ALIGNED)
+        keys_SC = renew(after, offsets, mask, keys_SC, k_C, forget_S, write_S)
+        for r in range(R):
+            score_S = tl.sum(keys_SC * q_C[None, :], 1)
+            score_SR += tl.where(heads[None, :] == r, score_S[:, None], 0.0)
+            # the next head's, ahead of its use (after the last head: unused)
+            q_C = load_vector(q, (pair * R + min(r + 1, R - 1)) * K, columns, K, ALIGNED)
+    return score_SR
+
+
+@triton.jit
+def store_sums(
+    weight_SR, values_SC, result, first, columns,
+    V: tl.constexpr, R: tl.constexpr, STRIDE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Stores weight[:, r]ᵀ · values of each query head r at first + r·STRIDE."""
+    heads = tl.arange(0, weight_SR.shape[1])
+    for r in range(R):
+        weight_S = tl.sum(tl.where(heads[None, :] == r, weight_SR, 0.0), 1)
+        sum_C = tl.sum(weight_S[:, None] * values_SC, 0)
+        store_vector(result, first + r * STRIDE, columns, sum_C, V, ALIGNED)
+
+
+# q [B, H, K], k [B, G, K], v [B, G, V], log_forget and write (or None) [B, G, M]: dense.
+# before, after: fp32 [pool, G, M, K+V], each row dense; may be one. rows: int64 [B] or None.
+# result: fp32 [B, H, N, P], P = V sums, .., largest score, sum of weights; if N = 1 the output.
+@triton.jit(do_not_specialize=[*range(13)])
+def advance_kernel(
+    q, k, v, log_forget, write, before, after, rows, result,
+    scale: tl.float32, row_stride: tl.int64, row_stride_after: tl.int64, pool: tl.int64,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    if CHAINED:  # `combine_kernel` may be set up while this one works
+        gdc_launch_dependents()
+    pair = (tl.program_id(0) // N).to(tl.int64)  # b·G + g
+    block = tl.program_id(0) % N
+    slots = block * S + tl.arange(0, S)
+    inside_S = slots < M
+    log_forget_S = tl.load(log_forget + pair * M + slots, mask=inside_S, other=0.0)
+    forget_S, write_S = exp_and_complement(log_forget_S.to(tl.float32))
+    if write is not None:
+        write_S = tl.load(write + pair * M + slots, mask=inside_S, other=0.0).to(tl.float32)
+
+    row = pair // G
+    valid = True
+    if rows is not None:
+        row = tl.load(rows + row)
+        valid = (row >= 0) & (row < pool)  # any other is not touched, and reads as NaN
+    mine_S = inside_S & valid
+    first = ((pair % G) * M + block * S) * (K + V)
+    before += row * row_stride + first
+    after += row * row_stride_after + first
+    if ALIGNED:
+        before = tl.multiple_of(before, 16)
+        after = tl.multiple_of(after, 16)
+    row_S = tl.arange(0, S) * (K + V)
+
+    # The first values are asked for before the keys: both are then under way together.
+    columns = tl.arange(0, VALUE_COLUMNS)
+    offsets, mask = tile_of(row_S, columns, mine_S, K, V)
+    values_SC = tl.load(before + offsets, mask=mask, other=0.0)
+    v_C = load_vector(v, pair * V, columns, V, ALIGNED)
+    score_SR = advance_keys(
+        q, k, pair, before, after, row_S, mine_S, forget_S, write_S, K, R, HEADS, KEY_COLUMNS,
+        ALIGNED,
+    )  # fmt: skip
+    values_SC = renew(after, offsets, mask, values_SC, v_C, forget_S, write_S)
+
+    score_SR = tl.where(valid, scale * score_SR, float("nan"))
+    weight_SR, top_R = read_weights(score_SR, inside_S, ACTIVATION)
+    STRIDE: tl.constexpr = V if N == 1 else N * P
+    mine = pair * R * STRIDE + block * P
+    if ACTIVATION == "softmax":
+        total_R = tl.sum(weight_SR, 0)
+        if N == 1:
+            weight_SR = weight_SR / total_R[None, :]
+        else:
+            heads = tl.arange(0, HEADS)
+            tl.store(result + (mine + heads * STRIDE + P - 2), top_R, mask=heads < R)
+            tl.store(result + (mine + heads * STRIDE + P - 1), total_R, mask=heads < R)
+    store_sums(weight_SR, values_SC, result, mine, columns, V, R, STRIDE, ALIGNED)
+    for start in range(VALUE_COLUMNS, V, VALUE_COLUMNS):
+        columns = start + tl.arange(0, VALUE_COLUMNS)
+        offsets, mask = tile_of(row_S, columns, mine_S, K, V)
+        values_SC = tl.load(before + offsets, mask=mask, other=0.0)
+        v_C = load_vector(v, pair * V, columns, V, ALIGNED)
+        values_SC = renew(after, offsets, mask, values_SC, v_C, forget_S, write_S)
+        store_sums(weight_SR, values_SC, result, mine, columns, V, R, STRIDE, ALIGNED)
+
+
+# partials: fp32 [B·H, N, P], as above. output: [B·H, V]. C columns of one head to a program.
+@triton.jit(do_not_specialize=["partials", "output"])
+def combine_kernel(
+    partials, output, V: tl.constexpr, N: tl.constexpr, N_BLOCK: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, SOFTMAX: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    pieces: tl.constexpr = (V + C - 1) // C
+    head = (tl.program_id(0) // pieces).to(tl.int64)
+    columns = (tl.program_id(0) % pieces) * C + tl.arange(0, C)
+    blocks = tl.arange(0, N_BLOCK)
+    partials += head * N * P
+    if ALIGNED:
+        partials = tl.multiple_of(partials, 16)
+    offsets, mask = tile_of(blocks * P, columns, blocks < N, 0, V)
+    if CHAINED:
+        gdc_wait()
+    sum_NC = tl.load(partials + offsets, mask=mask, other=0.0)
+    if SOFTMAX:
+        last = partials + (blocks * P + P)
+        top_N = tl.load(last - 2, mask=blocks < N, other=-float("inf"))
+        total_N = tl.load(last - 1, mask=blocks < N, other=0.0)
+        share_N, _ = exp_and_complement(top_N - tl.max(top_N, 0))
+        sum_NC *= (share_N / tl.sum(share_N * total_N, 0))[:, None]
+    store_vector(output, head * V, columns, tl.sum(sum_NC, 0), V, ALIGNED)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+class StepTiles(NamedTuple):
+    """slots and warps of a program, and the columns of keys and of values it holds at once."""
+
+    slots: int
+    key_columns: int
+    value_columns: int
+    warps: int
+
+
+@cache
+def step_tiles(K: int, V: int, M: int, R: int) -> StepTiles:
+    """How the memory is cut into programs.
+
+    A block of S slots moves 2·S·(K+V) numbers and adds R·V numbers of partial results, written and
+    read again: 8 slots, 16 for groups of heads, keep those small beside it. Beyond that a block is
+    32 KiB (64 for groups): small, so that one sequence already occupies many multiprocessors, yet
+    enough bytes under way; where rows are short it holds every slot and nothing needs combining.
+    A thread holds at most 32 numbers of keys and as many of values, if it can four side by side of
+    each slot, so that sums over slots stay within it; fewer where scores of many heads need room.
+    """
+    least, most = (8, 8192) if R == 1 else (16, 16384)
+    slots = 1 << (max(most // (K + V), least).bit_length() - 1)
+    slots = min(slots, 256, power_of_two(M))
+    columns = max((8192 if R == 1 else 4096) // slots, 128)
+    key_columns = min(columns, power_of_two(K))
+    value_columns = min(columns, power_of_two(V))
+    whole = key_columns >= K and value_columns >= V
+    held = max(4, min(32 if R == 1 or whole else 16, 128 // power_of_two(R)))
+    warps = slots * max(key_columns, value_columns) // (32 * held)
+    return StepTiles(slots, key_columns, value_columns, max(1, min(16, warps)))
+
+
+@cache
+def chaining(device: torch.device) -> dict[str, bool]:
+    """How to launch a kernel that is set up while the one before it still works (Hopper and newer);
+    nothing where that cannot be."""
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"launch_pdl": True} if able and torch.version.cuda else {}
+
+
+def launch(
+    token: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    before: Tensor,
+    after: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    slot_activation: str,
+    aligned: bool,
+) -> Tensor:
+    """Fills `after`, which may be `before`, and returns the output [B, 1, H, V] in q's dtype.
+
+    `token` is (q, k, v, log_forget, write). Tensors lie as `advance_kernel` wants them; `aligned`:
+    all but gates and rows start at a multiple of 16 bytes, and K, V and row strides are multiples
+    of 4.
+    """
+    q, k, v, log_forget, write = token
+    B, _, H, K = q.shape
+    pool, G, M, _ = before.shape
+    V, R = v.shape[3], H // G
+    output = torch.empty((B, 1, H, V), dtype=q.dtype, device=q.device)
+    if B == 0:
+        return output
+    tiles = step_tiles(K, V, M, R)
+    N, P = -(-M // tiles.slots), -(-(V + 2) // 4) * 4  # rounded up
+    result = output
+    if N > 1:
+        result = torch.empty((B, H, N, P), dtype=torch.float32, device=q.device)
+    chained = chaining(q.device)
+    with torch.cuda.device_of(q):
+        advance_kernel[(B * G * N,)](
+            q, k, v, log_forget, write, before, after, rows, result,
+            scale, before.stride(0), after.stride(0), pool,
+            G, R, K, V, M, N, tiles.slots, power_of_two(R), tiles.key_columns,
+            tiles.value_columns, P, slot_activation, aligned, N > 1 and bool(chained),
+            num_warps=tiles.warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        if N > 1:  # small programs, one warp where that will do: this kernel is all latency
+            N_BLOCK = power_of_two(N)
+            C = min(power_of_two(V), max(32, 1024 // N_BLOCK))
+            combine_kernel[(B * H * -(-V // C),)](
+                result, output, V, N, N_BLOCK, C, P, slot_activation == "softmax", aligned,
+                bool(chained), num_warps=max(1, min(8, N_BLOCK * C // 1024)),
+                enable_fp_fusion=False, **chained,
+            )  # fmt: skip
+    return output
