@@ -4,6 +4,7 @@ gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa train RECIPE [options]                train a model, or go on with it
 gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
+gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa info                                  versions, devices, implementations
 """
 
@@ -20,10 +21,11 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import gsa
 
+Config = TypeVar("Config")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -111,7 +113,7 @@ def data(arguments: list[str]) -> int:
     """text to token shards: gsa data prepare TEXT... --out SHARDS"""
     from gsa.data import PrepareConfig, prepare
 
-    rest = _only_subcommand("data", "prepare", arguments)
+    _, rest = _subcommand("data", ("prepare",), arguments)
     parser = argparse.ArgumentParser(prog="gsa data prepare", description=_summary(prepare))
     add_fields(parser, PrepareConfig, positional=("inputs",))
     print(prepare(PrepareConfig(**vars(parser.parse_args(rest)))))
@@ -177,13 +179,25 @@ def generate(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """time the operator on this machine: gsa bench ops [options]"""
-    from gsa.benchmark.ops import BenchOpsConfig, bench_ops
+    """time the operator here: gsa bench ops [options]; draw it: gsa bench plot RESULT..."""
+    chosen, rest = _subcommand("bench", ("ops", "plot"), arguments)
+    if chosen == "plot":
+        from gsa.benchmark.plot import PlotConfig, bench_plot
 
-    rest = _only_subcommand("bench", "ops", arguments)
-    parser = argparse.ArgumentParser(prog="gsa bench ops", description=_summary(bench_ops))
-    add_fields(parser, BenchOpsConfig)
-    bench_ops(BenchOpsConfig(**vars(parser.parse_args(rest))))
+        print(bench_plot(_config("gsa bench plot", bench_plot, PlotConfig, rest, ("results",))))
+        return 0
+    from gsa.benchmark.device import bench_device
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--device", default="auto")
+    if bench_device(first.parse_known_args(rest)[0].device) == "cuda":
+        from gsa.benchmark.ops_gpu import BenchGPUConfig, bench_ops_gpu
+
+        bench_ops_gpu(_config("gsa bench ops", bench_ops_gpu, BenchGPUConfig, rest))
+    else:
+        from gsa.benchmark.ops import BenchOpsConfig, bench_ops
+
+        bench_ops(_config("gsa bench ops", bench_ops, BenchOpsConfig, rest))
     return 0
 
 
@@ -205,17 +219,34 @@ def info(arguments: list[str]) -> int:
     return 0
 
 
+def _config(
+    prog: str,
+    function: Callable[..., object],
+    config_class: type[Config],
+    arguments: list[str],
+    positional: tuple[str, ...] = (),
+) -> Config:
+    """The config that the arguments of a command say; the help is that of its function."""
+    parser = argparse.ArgumentParser(prog=prog, description=_summary(function), allow_abbrev=False)
+    add_fields(parser, config_class, positional=positional)
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
 def _summary(function: Callable[..., object]) -> str:
     return (inspect.getdoc(function) or "").split("\n\n")[0]
 
 
-def _only_subcommand(command: str, known: str, arguments: list[str]) -> list[str]:
-    if arguments and arguments[0] == known:
-        return arguments[1:]
+def _subcommand(
+    command: str, known: tuple[str, ...], arguments: list[str]
+) -> tuple[str, list[str]]:
+    """(the subcommand, its arguments); the help of a command is that of its first."""
+    if arguments and arguments[0] in known:
+        return arguments[0], arguments[1:]
     if arguments and arguments[0] in ("-h", "--help"):
-        return ["--help"]
+        return known[0], ["--help"]
     got = repr(arguments[0]) if arguments else "nothing"
-    raise ValueError(f"gsa {command}: expected {known!r}, got {got}; see gsa {command} --help")
+    expected = " or ".join(map(repr, known))
+    raise ValueError(f"gsa {command}: expected {expected}, got {got}; see gsa {command} --help")
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -12,11 +12,14 @@ import torch
 import gsa
 
 
-def environment() -> dict[str, object]:
-    """Device, threads, versions, commit and date, ready for JSON."""
+def environment(device: torch.device | None = None) -> dict[str, object]:
+    """Device, threads, versions, commit and date, ready for JSON.
+
+    device: what was measured on; None means a CUDA device if there is one.
+    """
     facts: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -32,9 +35,9 @@ def environment() -> dict[str, object]:
     return facts
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_name(device: torch.device | None = None) -> str:
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.get_device_name(device)
     return f"cpu: {cpu_name()}"
 
 

@@ -11,17 +11,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from gsa.benchmark.environment import environment
+from gsa.benchmark.results import write_result
 from gsa.benchmark.timing import Timing, interleaved
 from gsa.ops import Impl, gated_slot_attention
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOpsConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to measure; auto takes a CUDA device if there is one. A GPU has other options."""
     tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 65536)
     """Sequence lengths T, one row of the table each."""
     heads: int = 4
@@ -128,12 +132,11 @@ def bench_ops(config: BenchOpsConfig) -> dict[str, object]:
     result = {
         "benchmark": "ops",
         "command": command,
-        "environment": environment(),
+        "environment": environment(torch.device("cpu")),
         "config": asdict(config),
         "rows": rows,
     }
     if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps(result, indent=1) + "\n")
+        write_result(Path(config.out), result)
     print(json.dumps(result))
     return result

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,15 @@ class Timing:
     fastest: float
     slowest: float
     calls: int
+
+    @classmethod
+    def of(cls, taken: Sequence[float]) -> "Timing":
+        return cls(
+            median=statistics.median(taken),
+            fastest=min(taken),
+            slowest=max(taken),
+            calls=len(taken),
+        )
 
 
 def interleaved(
@@ -38,12 +48,41 @@ def interleaved(
             start = time.perf_counter()
             function()
             samples[name].append(time.perf_counter() - start)
-    return {
-        name: Timing(
-            median=statistics.median(taken),
-            fastest=min(taken),
-            slowest=max(taken),
-            calls=len(taken),
-        )
-        for name, taken in samples.items()
-    }
+    return {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Device work that is ready to be timed."""
+
+    run: Callable[[], object]
+    timer: str
+    """graph: replays of a CUDA graph, without launch gaps; events: calls between two events."""
+    note: str = ""
+    """Why it is not a graph."""
+
+
+class Meter(Protocol):
+    """How work on a device is measured; `gpu_timing.GpuMeter`, and a stand-in in tests on a CPU."""
+
+    def first_call(self, run: Callable[[], object]) -> float:
+        """Seconds of one call and everything it starts."""
+        ...
+
+    def prepare(self, run: Callable[[], object]) -> Prepared: ...
+
+    def in_turns(self, work: Mapping[str, Prepared], seconds: float) -> dict[str, Timing]:
+        """Times in turns, `seconds` each on average."""
+        ...
+
+    def eager(self, run: Callable[[], object], seconds: float) -> float:
+        """Wall seconds per call of a loop of calls that waits for the device once, at the end."""
+        ...
+
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Most device memory in use during a call, beyond what was in use before it."""
+        ...
+
+    def release(self) -> None:
+        """Gives back the memory of what was prepared; call it when nothing of it is in use."""
+        ...

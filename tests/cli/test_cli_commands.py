@@ -1,5 +1,6 @@
 """Every command as a user types it, on a tiny corpus."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -86,10 +87,46 @@ def test_info_says_what_runs_here(capsys):
 
 
 def test_bench_ops_ends_in_json(capsys):
-    command = "bench ops --tokens 32 64 --seconds 0.01 --heads 1 --width 8 --slots 8"
+    command = "bench ops --device cpu --tokens 32 64 --seconds 0.01 --heads 1 --width 8 --slots 8"
     assert main(command.split()) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["tokens"] for row in result["rows"]] == [32, 64]
+
+
+def test_bench_ops_has_the_options_of_its_device(capsys, monkeypatch):
+    import torch
+
+    def helps(*more):
+        with pytest.raises(SystemExit) as caught:
+            main(["bench", "ops", *more, "--help"])
+        assert caught.value.code == 0
+        return capsys.readouterr().out
+
+    assert "--max-loop" in helps("--device", "cpu") and "--peers" not in helps("--device=cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "--peers" in helps() and "--max-loop" not in helps("--device", "cuda")
+    assert "--max-loop" in helps("--device", "cpu")
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "ops", "--tokens", "32"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --tokens 32" in capsys.readouterr().err
+
+
+def test_bench_ops_without_the_device_or_the_peer_it_was_asked_for(capsys, monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = fails(["bench", "ops", "--device", "cuda"], capsys)
+    assert "device: expected a CUDA device, but torch sees none" in message
+    assert "device: expected auto, cpu or cuda" in fails(["bench", "ops", "--device=x"], capsys)
+    if importlib.util.find_spec("fla"):
+        pytest.skip("flash-linear-attention is installed here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    out = tmp_path / "gpu.json"
+    message = fails(["bench", "ops", "--peers", "--out", str(out)], capsys)
+    assert "pip install 'gated-slots[peers]'" in message and not out.exists()
+    message = fails(["bench", "ops", "--cases", "2.7B"], capsys)
+    assert message.startswith("error: cases: expected groups (cold-start, step, 1.3B")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +140,9 @@ def test_bench_ops_ends_in_json(capsys):
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
         (["data", "cook"], "gsa data: expected 'prepare', got 'cook'"),
-        (["bench"], "gsa bench: expected 'ops', got nothing"),
+        (["bench"], "gsa bench: expected 'ops' or 'plot', got nothing"),
+        (["bench", "plot", "/no/result.json"], "/no/result.json"),
+        (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):
