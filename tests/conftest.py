@@ -1,6 +1,13 @@
-"""Makes the helper modules beside this file importable, whatever pytest's import mode."""
+"""Makes the helper modules beside this file importable, whatever pytest's import mode, and kernels
+run on any machine: without a CUDA device in Triton's interpreter, on CPU tensors."""
 
+import os
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported

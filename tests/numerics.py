@@ -6,11 +6,15 @@ operands rounded to the input dtype: what an honest implementation in that dtype
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from gsa.ops import gated_slot_attention
 
 ACTIVATIONS = {
     "softmax": lambda s: (
@@ -24,6 +28,17 @@ ACTIVATIONS = {
 }
 CHUNK = 64
 Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Home:
+    """Where `make_inputs` puts tensors, and their dtype where a test names none: see `impl`."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+
+HOME = Home()
 
 
 def gates(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -50,7 +65,7 @@ def make_inputs(
     K: int = 5,
     V: int = 6,
     M: int = 4,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     gate_dtype: torch.dtype | None = None,
     gate: str = "usual",
     write: bool = False,
@@ -58,7 +73,9 @@ def make_inputs(
     seed: int = 0,
 ) -> Tensors:
     """Arguments of the operator by name; `memory` is the number of initial memories, if any."""
-    G = H if G is None else G
+    G, dtype = H if G is None else G, dtype or HOME.dtype
+    if dtype == torch.float64 and dtype != HOME.dtype:
+        pytest.skip("the kernels take no fp64")
     rng = torch.Generator().manual_seed(seed)
     internal = torch.float64 if dtype == torch.float64 else torch.float32
     gate_dtype = gate_dtype or internal
@@ -78,7 +95,7 @@ def make_inputs(
         )
     if memory is not None:
         inputs["initial_memory"] = normal(memory, G, M, K + V).to(internal)
-    return inputs
+    return {name: x.to(HOME.device) for name, x in inputs.items()}
 
 
 def leaves(inputs: Tensors) -> Tensors:
@@ -88,7 +105,7 @@ def leaves(inputs: Tensors) -> Tensors:
 def cotangents(
     inputs: Tensors, memories: int | None = None, seed: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Random gradients for (output, memory), in their dtypes."""
+    """Random gradients for (output, memory), in their dtypes, where q is."""
     q, v, f = inputs["q"], inputs["v"], inputs["log_forget"]
     rng = torch.Generator().manual_seed(seed)
     B, T, H, K = q.shape
@@ -98,7 +115,7 @@ def cotangents(
     d_memory = torch.randn(
         (rows, v.shape[2], f.shape[3], K + v.shape[3]), generator=rng, dtype=torch.float64
     )
-    return d_output.to(q.dtype), d_memory.to(internal)
+    return d_output.to(q), d_memory.to(q.device, internal)
 
 
 def evaluate(
@@ -163,7 +180,7 @@ def oracle(
 def _oracle_sequence(q, k, v, log_forget, write, scale, slot_activation, first):
     T, H, K = q.shape
     G, M = log_forget.shape[1:]
-    group = torch.arange(H) // (H // G)
+    group = torch.arange(H, device=q.device) // (H // G)
     alive = q.new_zeros(0, G, M)  # what is left of each past token's write, slot by slot
     faded = q.new_ones(G, M)  # what is left of the initial memory
     outputs = []
@@ -231,7 +248,7 @@ def _yardstick_chunk(q, k, v, log_forget, write, memory, scale, slot_activation,
 
     gap = exactly(total[:, :, None] - total[:, None], exact[:, :, None] - exact[:, None])
     rest = exactly(total[:, -1:] - total, exact[:, -1:] - exact)
-    past = torch.ones(C, C, dtype=torch.bool).tril()[None, :, :, None, None]
+    past = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()[None, :, :, None, None]
     decay = gap.masked_fill(~past, -torch.inf).exp()  # [B, i, j, G, M]
     grow = exactly(total, exact).exp()[:, :, :, None]
     weight = r(decay * write[:, None])
@@ -303,6 +320,44 @@ def assert_within_budget(
             assert g <= 2 * y + eps, (
                 f"{name}: {measure} error {g:.3g} above 2 x {y:.3g} + {eps:.3g}"
             )
+
+
+def assert_same(
+    actual: Tensors,
+    expected: Tensors,
+    inputs: Tensors,
+    d: tuple[Tensor, Tensor] | None = None,
+    *,
+    tolerance: float = 1e-12,
+    around: Callable[..., Callable] = lambda function: function,
+    impl: str = "chunked",
+    **options: object,
+) -> None:
+    """Results for `inputs` that are mathematically the same: in fp64 to `tolerance`, else within
+    the budget. There `expected` must be exact, or else only says what the oracle says better.
+
+    around: what a test wraps the operator in, if it does.
+    """
+    if inputs["q"].dtype == torch.float64:
+        assert_close(actual, expected, tolerance)
+        return
+    exact, ruler = (evaluate(around(f), inputs, d, **options) for f in (oracle, yardstick))
+    if all(x.dtype == torch.float64 for x in expected.values()):
+        exact = expected
+    exact, ruler = ({name: x[name] for name in actual} for x in (exact, ruler))
+    assert_within_budget(actual, exact, ruler, inputs["q"].dtype, impl)
+
+
+def check(impl: str, inputs: Tensors, d: tuple[Tensor, Tensor], **options: object) -> Tensors:
+    """The operator's results, which have their dtypes and are within the budget."""
+    exact, ruler = (evaluate(f, inputs, d, **options) for f in (oracle, yardstick))
+    actual = evaluate(gated_slot_attention, inputs, d, impl=impl, **options)
+    for name, x in inputs.items():
+        assert actual[f"d_{name}"].dtype == x.dtype, name
+    assert actual["output"].dtype == inputs["q"].dtype
+    assert actual["memory"].dtype == torch.float32
+    assert_within_budget(actual, exact, ruler, inputs["q"].dtype, impl)
+    return actual
 
 
 def assert_bit_equal(actual: Tensors, expected: Tensors) -> None:

@@ -1,6 +1,8 @@
 """Every argument that is wrong is named, with what was expected and what came."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from gsa.ops import check_cu_seqlens, gated_slot_attention, gated_slot_step
 
 # B = 2, T = 6, H = 4, G = 2, K = 5, V = 6, M = 3, so every size differs from its neighbours.
 SIZES = {"B": 2, "T": 6, "H": 4, "G": 2, "K": 5, "V": 6, "M": 3, "dtype": torch.float32}
+DOUBLE = make_inputs(**{**SIZES, "dtype": torch.float64})
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
@@ -103,7 +106,12 @@ WRONG = {
     "activation None": ("slot_activation", ["None"], {"slot_activation": None}),
     "unknown impl": ("impl", ["cuda", "chunked"], {"impl": "cuda"}),
     "impl in capitals": ("impl", ["Chunked"], {"impl": "Chunked"}),
-    "triton where it cannot run": ("impl", ["triton"], {"impl": "triton"}),
+    "triton for fp64": ("impl", ["triton", "float64"], {"impl": "triton", **DOUBLE}),
+    "triton for 257 slots": (
+        "impl",
+        ["triton", "M = 257"],
+        {"impl": "triton", "log_forget": zeros(2, 6, 2, 257)},
+    ),
     "scale a string": ("scale", ["'1'"], {"scale": "1"}),
     "scale None": ("scale", ["None"], {"scale": None}),
     "recompute a level": ("recompute", ["2"], {"recompute": 2}),
@@ -114,6 +122,24 @@ WRONG = {
 @pytest.mark.parametrize("argument, got, changes", WRONG.values(), ids=WRONG.keys())
 def test_wrong_arguments(argument, got, changes):
     refused(gated_slot_attention, argument, *got, **{**make_inputs(**SIZES), **changes})
+
+
+def test_triton_where_it_is_not_installed():
+    """It is named in the error, and nothing else misses it."""
+    code = """
+import sys
+sys.modules["triton"] = None  # to Python, a module that is not there
+import torch
+from gsa.ops import describe_impl, gated_slot_attention
+assert describe_impl("auto", torch.device("cpu"))[0] == "chunked"
+x = torch.zeros(1, 2, 1, 4)
+assert gated_slot_attention(x, x, x, x).output.shape == x.shape
+gated_slot_attention(x, x, x, x, impl="triton")
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = ran.stderr.splitlines()[-1]
+    assert ran.returncode == 1 and last.startswith("ValueError: impl: expected"), ran.stderr
+    assert "got 'triton'" in last and "triton is not installed" in last
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "log_forget"])
@@ -179,8 +205,8 @@ def test_unknown_arguments_are_errors():
         gated_slot_attention(*inputs.values(), None)
 
 
-def step_arguments(**changes: object) -> dict[str, object]:
-    inputs = make_inputs(**{**SIZES, "T": 1}, memory=2)
+def step_arguments(dtype: torch.dtype = torch.float32, **changes: object) -> dict[str, object]:
+    inputs = make_inputs(**{**SIZES, "T": 1, "dtype": dtype}, memory=2)
     inputs["memory"] = inputs.pop("initial_memory")
     return {**inputs, **changes}
 
@@ -195,7 +221,11 @@ STEP = {
     "k of another width": ("k", ["[2, 1, 2, 4]"], {"k": zeros(2, 1, 2, 4)}),
     "write of other slots": ("write", ["[2, 1, 2, 9]"], {"write": zeros(2, 1, 2, 9)}),
     "unknown impl": ("impl", ["fast"], {"impl": "fast"}),
-    "triton where it cannot run": ("impl", ["triton"], {"impl": "triton"}),
+    "triton for fp64": (
+        "impl",
+        ["triton", "float64"],
+        {**step_arguments(dtype=torch.float64), "impl": "triton"},
+    ),
     "unknown activation": ("slot_activation", ["exp"], {"slot_activation": "exp"}),
     "inplace a string": ("inplace", ["'no'"], {"inplace": "no"}),
     "rows without inplace": (

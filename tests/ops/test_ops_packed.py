@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Tensors, assert_close, cotangents, evaluate, make_inputs, oracle
+from numerics import (
+    HOME,
+    Tensors,
+    assert_close,
+    assert_same,
+    cotangents,
+    evaluate,
+    make_inputs,
+    oracle,
+)
 
 from gsa.ops import check_cu_seqlens, gated_slot_attention
 
@@ -23,7 +32,7 @@ LENGTHS = {
 
 
 def bounds(lengths: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+    return torch.tensor([0, *lengths]).cumsum(0).to(HOME.device, dtype)
 
 
 def one_by_one(impl: str, inputs: Tensors, d, lengths: list[int]) -> Tensors:
@@ -57,20 +66,19 @@ def test_equals_each_sequence_alone(impl, lengths, memory):
     d = cotangents(inputs, memories=len(lengths))
     expected = one_by_one("reference", inputs, d, lengths)
     for dtype in (torch.int32, torch.int64):
-        packed = evaluate(
-            packing(impl, bounds(lengths, dtype)),
-            inputs,
-            d,
-        )
-        assert_close(packed, expected, 1e-12)
+        cu_seqlens = bounds(lengths, dtype)
+        packed = evaluate(packing(impl, cu_seqlens), inputs, d)
+        assert_same(packed, expected, inputs, d, cu_seqlens=cu_seqlens)
 
 
 def test_equals_the_oracle(impl):
     lengths = LENGTHS["empty-middle"]
     inputs = make_inputs(T=sum(lengths), H=6, G=2, gate="mixed", memory=len(lengths))
     d = cotangents(inputs, memories=len(lengths))
-    exact = evaluate(oracle, inputs, d, cu_seqlens=bounds(lengths))
-    assert_close(evaluate(packing(impl, bounds(lengths)), inputs, d), exact, 1e-12)
+    cu_seqlens = bounds(lengths)
+    exact = evaluate(oracle, inputs, d, cu_seqlens=cu_seqlens)
+    actual = evaluate(packing(impl, cu_seqlens), inputs, d)
+    assert_same(actual, exact, inputs, d, cu_seqlens=cu_seqlens)
 
 
 def test_empty_sequences_return_their_memory_and_its_gradient(impl):
@@ -93,17 +101,11 @@ def test_many_sequences_in_a_row(impl):
     lengths = ([1] * 40 + [0] * 10 + [3] * 10 + [70]) * 2
     inputs = make_inputs(T=sum(lengths), H=1, K=2, V=2, M=2, memory=len(lengths))
     d = cotangents(inputs, memories=len(lengths))
-    exact = evaluate(oracle, inputs, d, cu_seqlens=bounds(lengths))
+    cu_seqlens = bounds(lengths)
+    exact = evaluate(oracle, inputs, d, cu_seqlens=cu_seqlens)
     for recompute in (False, True):
-        got = evaluate(
-            gated_slot_attention,
-            inputs,
-            d,
-            cu_seqlens=bounds(lengths),
-            recompute=recompute,
-            impl=impl,
-        )
-        assert_close(got, exact, 1e-12)
+        got = evaluate(packing(impl, cu_seqlens), inputs, d, recompute=recompute)
+        assert_same(got, exact, inputs, d, cu_seqlens=cu_seqlens)
 
 
 def test_no_sequence_sees_a_neighbour(impl):
@@ -128,7 +130,7 @@ def test_no_sequence_sees_a_neighbour(impl):
 
 def test_a_strided_cu_seqlens(impl):
     inputs = make_inputs(T=71)
-    plain = torch.tensor([0, 5, 71])
+    plain = bounds([5, 66])
     strided = torch.stack([plain, plain], 1).flatten()[::2]
     assert not strided.is_contiguous()
     expected = evaluate(gated_slot_attention, inputs, cu_seqlens=plain, impl=impl)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import assert_bit_equal, assert_close, cotangents, evaluate, make_inputs
+from numerics import assert_bit_equal, assert_same, cotangents, evaluate, make_inputs
 
 from gsa.ops import SLOT_ACTIVATIONS, gated_slot_attention
 
@@ -19,18 +19,13 @@ def test_slots_have_no_order(impl, slot_activation):
     for name in ("log_forget", "write"):
         mixed[name] = inputs[name][..., order]
     mixed["initial_memory"] = inputs["initial_memory"][:, :, order]
-    moved = evaluate(
-        gated_slot_attention,
-        mixed,
-        (d[0], d[1][:, :, order]),
-        slot_activation=slot_activation,
-        impl=impl,
-    )
+    d = (d[0], d[1][:, :, order])
+    moved = evaluate(gated_slot_attention, mixed, d, slot_activation=slot_activation, impl=impl)
     for name in ("log_forget", "write"):
         plain[f"d_{name}"] = plain[f"d_{name}"][..., order]
     for name in ("memory", "d_initial_memory"):
         plain[name] = plain[name][:, :, order]
-    assert_close(moved, plain, 1e-12)
+    assert_same(moved, plain, mixed, d, slot_activation=slot_activation)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -69,6 +64,12 @@ def poisoned(inputs, cut, names, value=None):
     return changed
 
 
+def assert_same_past(after, before, inputs, cut):
+    """The outputs before a cut, which a sequence that ends there has too."""
+    past = {n: x if n == "initial_memory" else x[:, :cut] for n, x in inputs.items()}
+    assert_same({"output": after[:, :cut]}, {"output": before[:, :cut]}, past)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_future_changes_nothing(impl, cut, dtype):
@@ -84,11 +85,11 @@ def test_the_future_changes_nothing(impl, cut, dtype):
 def test_an_extreme_future_stays_within_rounding(impl, cut):
     """A future that decays so fast that its chunk is computed another way: the past may be rounded
     differently, no more."""
-    inputs = make_inputs(T=150, H=4, G=2, dtype=torch.float64, write=True, memory=1)
+    inputs = make_inputs(T=150, H=4, G=2, write=True, memory=1)
     before = gated_slot_attention(**inputs, impl=impl).output
     changed = poisoned(inputs, cut, ("log_forget",), -1e4)
     after = gated_slot_attention(**changed, impl=impl).output
-    torch.testing.assert_close(after[:, :cut], before[:, :cut], rtol=1e-12, atol=1e-13)
+    assert_same_past(after, before, inputs, cut)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -101,7 +102,7 @@ def test_nan_in_the_future_stays_there(impl, cut, name, value):
     after = gated_slot_attention(**poisoned(inputs, cut, (name,), value), impl=impl).output
     leaked = (~torch.isfinite(after[0, :cut])).any(-1).any(-1).nonzero().flatten().tolist()
     assert not leaked, f"tokens {leaked} before {cut}"
-    torch.testing.assert_close(after[:, :cut], before[:, :cut], rtol=1e-12, atol=1e-13)
+    assert_same_past(after, before, inputs, cut)
 
 
 def test_gradients_never_flow_back_from_the_past(impl):
@@ -121,9 +122,10 @@ def test_rows_of_a_batch_are_independent(impl, gate):
     d = cotangents(inputs)
     together = evaluate(gated_slot_attention, inputs, d, impl=impl)
     for b in range(3):
-        row = {name: x[b : b + 1] for name, x in inputs.items()}
-        alone = evaluate(gated_slot_attention, row, (d[0][b : b + 1], d[1][b : b + 1]), impl=impl)
-        assert_close(alone, {name: x[b : b + 1] for name, x in together.items()}, 1e-12)
+        row, mine = ({n: x[b : b + 1] for n, x in many.items()} for many in (inputs, together))
+        row_d = (d[0][b : b + 1], d[1][b : b + 1])
+        alone = evaluate(gated_slot_attention, row, row_d, impl=impl)
+        assert_same(alone, mine, row, row_d)
 
 
 def test_nan_in_one_row_stays_there(impl):
@@ -147,14 +149,14 @@ def test_grouped_heads_equal_repeated_ones(impl, groups):
         name: x if name == "q" else x.repeat_interleave(share, 1 if name == "initial_memory" else 2)
         for name, x in inputs.items()
     }
-    zero = torch.zeros(1, 12, *d_memory.shape[2:], dtype=torch.float64)
+    zero = d_memory.new_zeros(1, 12, *d_memory.shape[2:])
     repeated = evaluate(gated_slot_attention, wide, (d_output, zero), impl=impl)
     repeated["memory"] = repeated["memory"][:, ::share]
     for name in ("k", "v", "log_forget", "write"):
         repeated[f"d_{name}"] = repeated[f"d_{name}"].unflatten(2, (groups, share)).sum(3)
     d_start = repeated["d_initial_memory"].unflatten(1, (groups, share))
     repeated["d_initial_memory"] = d_start.sum(2)
-    assert_close(grouped, repeated, 1e-12)
+    assert_same(grouped, repeated, inputs, (d_output, d_memory * 0))
 
 
 def test_padding_that_keeps_and_writes_nothing_is_invisible(impl):
@@ -166,12 +168,12 @@ def test_padding_that_keeps_and_writes_nothing_is_invisible(impl):
     for name in ("q", "k", "v", "log_forget", "write"):
         x = inputs[name]
         fill = 0.0 if name in ("log_forget", "write") else 1e3
-        padded[name] = torch.full((1, 130, *x.shape[2:]), fill, dtype=x.dtype)
+        padded[name] = x.new_full((1, 130, *x.shape[2:]), fill)
         padded[name][:, real] = x
     expected = gated_slot_attention(**inputs, impl=impl)
     got = gated_slot_attention(**padded, impl=impl)
     actual = {"output": got.output[:, real], "memory": got.memory}
-    assert_close(actual, {"output": expected.output, "memory": expected.memory}, 1e-12)
+    assert_same(actual, expected._asdict(), inputs)
 
 
 def test_auto_is_one_of_the_named_ones():
