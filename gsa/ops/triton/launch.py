@@ -53,18 +53,18 @@ def walk_tile(
     heads: R, the query heads that a program of `write_back` or `scan` walks over. shared: bytes of
     shared memory. Never a function of the batch: a row in it is computed like the row alone.
     """
-    slots = max(16, triton.next_power_of_2(slots))
+    padded = max(16, triton.next_power_of_2(slots))
     low = dtype == torch.bfloat16
     most = 128 if low else 32
     if low and (kernel == "expand" or (HEAD_TILES[kernel] and heads > 1)):
         most = 64
-    block = max(16, min(most, (8192 if low else 2048) // slots, triton.next_power_of_2(width)))
+    block = max(16, min(most, (8192 if low else 2048) // padded, triton.next_power_of_2(width)))
     if not low or heads * HEAD_TILES[kernel] > 4:
         return Tile(block, 4, 1)
     columns, rows = (n + heads * HEAD_TILES[kernel] for n in TILES[kernel])
     while True:
-        stage = 2 * CHUNK * (columns * block + rows * slots)
-        beside = 4 * slots * block + 4 * CHUNK * max(slots, block)  # results on their way out
+        stage = 2 * CHUNK * (columns * block + rows * padded)
+        beside = 4 * padded * block + 4 * CHUNK * max(padded, block)  # results on their way out
         stages = (shared - beside) // stage
         if stages > 0 or block == 16:
             return Tile(block, 4, max(1, min(stages, STAGES[kernel])))
