@@ -348,10 +348,17 @@ def assert_same(
     assert_within_budget(actual, exact, ruler, inputs["q"].dtype, impl)
 
 
-def check(impl: str, inputs: Tensors, d: tuple[Tensor, Tensor], **options: object) -> Tensors:
+def check(
+    impl: str,
+    inputs: Tensors,
+    d: tuple[Tensor, Tensor],
+    *,
+    recompute: bool = True,
+    **options: object,
+) -> Tensors:
     """The operator's results, which have their dtypes and are within the budget."""
     exact, ruler = (evaluate(f, inputs, d, **options) for f in (oracle, yardstick))
-    actual = evaluate(gated_slot_attention, inputs, d, impl=impl, **options)
+    actual = evaluate(gated_slot_attention, inputs, d, recompute=recompute, impl=impl, **options)
     for name, x in inputs.items():
         assert actual[f"d_{name}"].dtype == x.dtype, name
     assert actual["output"].dtype == inputs["q"].dtype

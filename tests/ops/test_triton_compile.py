@@ -37,13 +37,11 @@ def compiled(**options):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("recompute", [True, False])
-def test_compiled_equals_eager(recompute):
+def test_compiled_equals_eager():
     inputs = make_inputs(B=2, T=30, H=4, G=2, **HOT, write=True, memory=2)
     d = cotangents(inputs)
     function, counter = compiled(dynamic=False)
-    eager = evaluate(attention, inputs, d, recompute=recompute)
-    assert_bit_equal(evaluate(function, inputs, d, recompute=recompute), eager)
+    assert_bit_equal(evaluate(function, inputs, d), evaluate(attention, inputs, d))
     assert counter.frame_count == 1
 
 
@@ -51,12 +49,12 @@ def test_compiled_equals_eager(recompute):
 @pytest.mark.parametrize("packed", [False, True])
 def test_few_graphs_serve_every_length(packed):
     function, counter = compiled()
-    for T in (30, 2, 270, 65):
+    for T in (70, 2, 270):
         bounds = [0, *[T // 2] * (1 + T % 2), T]
         options = {"cu_seqlens": packing(*bounds, dtype=torch.int64)} if packed else {}
         options["recompute"] = False
         memories = len(bounds) - 1 if packed else 2
-        inputs = make_inputs(B=1 if packed else 2, T=T, H=2, G=1, **COLD, memory=memories)
+        inputs = make_inputs(B=1 if packed else 2, T=T, H=1, **COLD, memory=memories)
         d, arguments = cotangents(inputs, memories=memories), leaves(inputs)
         for name in ("q", "k", "v", "log_forget"):
             torch._dynamo.mark_dynamic(arguments[name], 1)
@@ -71,13 +69,13 @@ def test_few_graphs_serve_every_length(packed):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("case", ["dense", "packed", "bare"])
+@pytest.mark.parametrize("case", ["bare", "packed"])
 def test_custom_operators_are_honest(case):
     """torch.library.opcheck on the forward and the backward operator."""
-    inputs = leaves(make_inputs(T=20, H=2, G=1, **COLD, write=case != "bare", dtype=torch.bfloat16))
+    inputs = leaves(make_inputs(T=5, H=2, G=1, **COLD, write=case != "bare", dtype=torch.bfloat16))
     initial = make_inputs(T=1, H=1, **COLD, memory=2)["initial_memory"]
     initial = initial[: 2 if case == "packed" else 1].requires_grad_() if case != "bare" else None
-    cu_seqlens = packing(0, 0, 20) if case == "packed" else None
+    cu_seqlens = packing(0, 0, 5) if case == "packed" else None
     tokens = (*(inputs[name] for name in TOKENWISE[:4]), inputs.get("write"))
     forward = torch.ops.gsa.triton_forward.default
     options = (0.7, "softmax", True, case != "packed")
@@ -86,7 +84,9 @@ def test_custom_operators_are_honest(case):
     output, memory, *kept = forward(*plain, *options)
     d = (torch.ones_like(output), None if case == "bare" else torch.ones_like(memory))
     backward = torch.ops.gsa.triton_backward.default
-    torch.library.opcheck(backward, (*plain, memory, kept, *d, 0.7, "softmax"))
+    utilities = ("test_schema", "test_faketensor")  # it has no gradient itself
+    arguments = (*plain, memory, kept, *d, 0.7, "softmax")
+    torch.library.opcheck(backward, arguments, test_utils=utilities)
 
 
 def kept_bytes(inputs, **options):

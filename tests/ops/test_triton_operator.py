@@ -11,12 +11,10 @@ import torch
 from numerics import (
     HOME,
     assert_bit_equal,
-    assert_same,
     check,
     cotangents,
     evaluate,
     make_inputs,
-    oracle,
 )
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
@@ -63,19 +61,19 @@ def test_hot_sizes_use_descriptors_and_cold_ones_do_not(monkeypatch):
             assert made and {tiles is not None for tiles in made} == {hot}
 
 
-@PATHS
 @DTYPES
-@pytest.mark.parametrize("gate", ["usual", "near_one"])
-def test_gates_of_every_kind(path, dtype, gate):
-    inputs = make_inputs(T=130, H=2, G=1, **path, dtype=dtype, gate=gate, memory=1)
+@pytest.mark.parametrize(
+    "gate, path", [("usual", COLD), ("near_one", HOT)], ids=["usual", "near_one"]
+)
+def test_gates_of_every_kind(dtype, gate, path):
+    inputs = make_inputs(T=130, H=1, **path, dtype=dtype, gate=gate, memory=1)
     check("triton", inputs, cotangents(inputs), scale=0.5)
 
 
 @DTYPES
-@pytest.mark.parametrize("gate", ["mixed", "steep"])
-def test_gates_too_steep_for_whole_tiles(dtype, gate):
-    path = HOT if gate == "mixed" else COLD
-    inputs = make_inputs(T=70, H=2, G=1, **path, dtype=dtype, gate=gate, memory=1, write=True)
+@pytest.mark.parametrize("gate, path", [("mixed", HOT), ("steep", COLD)], ids=["mixed", "steep"])
+def test_gates_too_steep_for_whole_tiles(dtype, gate, path):
+    inputs = make_inputs(T=66, H=1, **path, dtype=dtype, gate=gate, memory=1, write=True)
     check("triton", inputs, cotangents(inputs), scale=0.5)
 
 
@@ -83,7 +81,7 @@ def test_gates_too_steep_for_whole_tiles(dtype, gate):
     "log_forget",
     [
         pytest.param(-60.0, marks=FP32_GAP),
-        *(-10.0, -1.95, -1.85),
+        *(-1.95, -1.85),
         pytest.param(-0.95, marks=FP32_GAP),
         *(-1e-6, 0.0),
     ],
@@ -95,7 +93,7 @@ def test_one_decay_for_every_token(log_forget):
     check("triton", inputs, cotangents(inputs))
 
 
-@pytest.mark.parametrize("position", [0, 31, 63])
+@pytest.mark.parametrize("position", [0, 63])
 def test_one_hard_reset_inside_a_chunk(position):
     inputs = make_inputs(T=128, H=1, **COLD, gate="near_one", memory=1)
     inputs["log_forget"][0, position, :, 1] = -1e4
@@ -105,7 +103,8 @@ def test_one_hard_reset_inside_a_chunk(position):
 
 @pytest.mark.parametrize("R", [1, 2, 5])
 def test_query_heads_share_a_memory(R):
-    inputs = make_inputs(B=2, T=70, H=2 * R, G=2, **(COLD if R == 2 else HOT), memory=2)
+    G = 2 if R == 2 else 1
+    inputs = make_inputs(T=70, H=G * R, G=G, **(COLD if R == 2 else HOT), memory=1)
     check("triton", inputs, cotangents(inputs))
 
 
@@ -161,7 +160,7 @@ def test_no_rows_at_all():
 
 @pytest.mark.parametrize("only", ["output", pytest.param("memory", marks=FP32_GAP)])
 def test_gradients_from_one_result_alone(only):
-    inputs = make_inputs(T=130, H=2, G=1, **COLD, write=True, memory=1)
+    inputs = make_inputs(T=70, H=2, G=1, **COLD, write=True, memory=1)
     d_output, d_memory = cotangents(inputs)
     d = (d_output, d_memory * 0) if only == "output" else (d_output * 0, d_memory)
     whole = check("triton", inputs, d)
@@ -175,7 +174,7 @@ def test_gradients_from_one_result_alone(only):
     )
 
 
-@pytest.mark.parametrize("name", ["q", "v", "log_forget", "write", "initial_memory"])
+@pytest.mark.parametrize("name", ["q", "log_forget", "initial_memory"])
 def test_the_gradient_of_one_input_alone(name):
     inputs = make_inputs(T=40, H=2, G=1, **COLD, write=True, memory=1)
     d = cotangents(inputs)
@@ -191,17 +190,15 @@ def test_the_gradient_of_one_input_alone(name):
 @PATHS
 def test_memories_kept_or_made_again(path, recompute):
     """Beyond 256 tokens the backward pass looks at memories on the way."""
-    inputs = make_inputs(T=330, H=2, G=1, **path, memory=1)
-    inputs["log_forget"][0, 200, 0, 0] = -200.0  # a steep chunk that ends with one of them
-    d = cotangents(inputs)
-    actual = evaluate(attention, inputs, d, recompute=recompute)
-    assert_same(actual, evaluate(oracle, inputs, d), inputs, d)
+    inputs = make_inputs(T=270, H=1, **path, memory=1)
+    if path is COLD:
+        inputs["log_forget"][0, 200, 0, 0] = -200.0  # a steep chunk that ends with one of them
+    check("triton", inputs, cotangents(inputs), recompute=recompute)
 
 
 @PATHS
 def test_segments_side_by_side_equal_one_after_another(path, monkeypatch):
-    inputs = make_inputs(T=520, H=1, **path, gate="near_one", memory=1)
-    inputs["log_forget"][0, 300, 0, 0] = -200.0
+    inputs = make_inputs(T=300, H=1, **path, gate="near_one", memory=1)
     whole = attention(**inputs).output
     short_segments(monkeypatch)
     cut = check("triton", inputs, cotangents(inputs))["output"]
@@ -209,19 +206,18 @@ def test_segments_side_by_side_equal_one_after_another(path, monkeypatch):
     assert not torch.equal(cut[:, 256:], whole[:, 256:]), "there was no second segment"
 
 
-LENGTHS = {
-    "empty-ends": [0, 0, 5, 70, 0],
-    "chunks": [64, 0, 128, 1, 63],
-    "one": [70],
-    "ones": [1, 1, 1],
-    "all-empty": [0, 0, 0],
+PACKED = {
+    "empty ends": ([0, 0, 5, 70, 0], HOT),
+    "empty middle": ([64, 0, 1, 65], COLD),
+    "chunks": ([64, 0, 64], HOT),
+    "ones": ([1, 1, 1], COLD),
+    "all empty": ([0, 0, 0], HOT),
 }
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_packed_sequences(lengths, dtype):
-    path = HOT if dtype == torch.int32 else COLD
+@pytest.mark.parametrize("lengths, path", PACKED.values(), ids=PACKED.keys())
+def test_packed_sequences(lengths, path):
+    dtype = torch.int32 if path is HOT else torch.int64
     inputs = make_inputs(T=sum(lengths), H=2, G=1, **path, write=True, memory=len(lengths))
     d = cotangents(inputs, memories=len(lengths))
     got = check("triton", inputs, d, cu_seqlens=packing(lengths, dtype))
@@ -231,19 +227,17 @@ def test_packed_sequences(lengths, dtype):
             assert torch.equal(got["d_initial_memory"][s], d[1][s])
 
 
-@PATHS
-def test_packed_sequences_in_segments(path, monkeypatch):
+def test_packed_sequences_in_segments(monkeypatch):
     short_segments(monkeypatch)
-    lengths = [0, 300, 1, 400, 0]
-    inputs = make_inputs(T=701, H=1, **path, gate="near_one", memory=5)
+    lengths = [0, 270, 1, 300, 0]
+    inputs = make_inputs(T=571, H=1, **HOT, gate="near_one", memory=5)
     d = cotangents(inputs, memories=5)
     check("triton", inputs, d, cu_seqlens=packing(lengths))
 
 
-@PATHS
-def test_packing_may_be_described_from_the_cpu(path):
+def test_packing_may_be_described_from_the_cpu():
     lengths = [3, 0, 67]
-    inputs = make_inputs(T=70, H=1, **path)
+    inputs = make_inputs(T=70, H=1, **COLD)
     d = cotangents(inputs, memories=3)
     expected = evaluate(attention, inputs, d, cu_seqlens=packing(lengths))
     spaced = packing(lengths, torch.int64).cpu().repeat_interleave(2)[::2]
@@ -251,8 +245,8 @@ def test_packing_may_be_described_from_the_cpu(path):
 
 
 def test_strides_do_not_matter():
-    inputs = make_inputs(B=2, T=70, H=4, G=2, **HOT, write=True, memory=2)
-    inputs["v"] = inputs["v"][:, :1].expand(-1, 70, -1, -1)
+    inputs = make_inputs(B=2, T=20, H=4, G=2, **HOT, write=True, memory=2)
+    inputs["v"] = inputs["v"][:, :1].expand(-1, 20, -1, -1)
     d = cotangents(inputs)
     expected = evaluate(attention, {n: x.contiguous() for n, x in inputs.items()}, d)
     odd = {name: x.mT.contiguous().mT for name, x in inputs.items()}
@@ -269,19 +263,20 @@ def test_strides_do_not_matter():
     assert_bit_equal(actual, expected)
 
 
-@PATHS
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "path, packed", [(HOT, False), (COLD, False), (HOT, True)], ids=["hot", "cold", "packed"]
+)
 def test_slices_of_a_fused_projection_are_taken_as_they_lie(path, packed, monkeypatch):
     """q, k, v side by side in one tensor, the layout that a layer leaves: nothing is copied."""
-    inputs = make_inputs(B=1 if packed else 2, T=70, H=4, G=2, **path)
+    inputs = make_inputs(B=1 if packed else 2, T=66, H=2, G=1, **path)
     d = cotangents(inputs, memories=2)
-    options = {"cu_seqlens": packing([0, 70])} if packed else {}
+    options = {"cu_seqlens": packing([0, 66])} if packed else {}
     expected = evaluate(attention, inputs, d, **options)
     parts = [inputs[name].flatten(2) for name in "qkv"]
     fused = torch.cat(parts, -1)
     q, k, v = fused.split([x.shape[2] for x in parts], -1)
-    sliced = {"q": q.unflatten(2, (4, -1)), "k": k.unflatten(2, (2, -1))}
-    sliced |= {"v": v.unflatten(2, (2, -1)), "log_forget": inputs["log_forget"]}
+    sliced = {"q": q.unflatten(2, (2, -1)), "k": k.unflatten(2, (1, -1))}
+    sliced |= {"v": v.unflatten(2, (1, -1)), "log_forget": inputs["log_forget"]}
     arguments = {name: x.detach().requires_grad_() for name, x in sliced.items()}
     assert all(launch.token_rows(arguments[n])[0] is arguments[n] for n in "qkv")
     got = attention(**arguments, **options)
@@ -291,15 +286,15 @@ def test_slices_of_a_fused_projection_are_taken_as_they_lie(path, packed, monkey
     assert_bit_equal(actual, expected)
 
 
-@pytest.mark.parametrize("factor", [2.0**-30, 2.0**30])
-def test_gradients_are_linear_in_the_cotangent(factor):
-    inputs = make_inputs(T=130, H=1, **HOT, memory=1)
+def test_gradients_are_linear_in_the_cotangent():
+    inputs = make_inputs(T=70, H=1, **HOT, memory=1)
     inputs["log_forget"] -= 0.4
     d = cotangents(inputs)
     plain = evaluate(attention, inputs, d)
-    scaled = evaluate(attention, inputs, tuple(x * factor for x in d))
-    for name in inputs:
-        assert torch.equal(scaled[f"d_{name}"] / factor, plain[f"d_{name}"]), name
+    for factor in (2.0**-30, 2.0**30):
+        scaled = evaluate(attention, inputs, tuple(x * factor for x in d))
+        for name in inputs:
+            assert torch.equal(scaled[f"d_{name}"] / factor, plain[f"d_{name}"]), name
 
 
 @FP32_GAP

@@ -48,13 +48,15 @@ def past(inputs, cut):
 
 
 @PATHS
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["q", "k", "v", "write"])
+@pytest.mark.parametrize(
+    "name, value",
+    [("q", torch.nan), ("k", torch.inf), ("v", torch.nan), ("v", torch.inf), ("write", torch.inf)],
+)
 def test_nan_in_the_future_stays_there(path, name, value):
     """0 x NaN is NaN: masking a product is not enough."""
-    inputs = make_inputs(T=130, H=2, G=1, **path, write=True, memory=1)
+    inputs = make_inputs(T=70, H=1, **path, write=True, memory=1)
     before = attention(**inputs).output
-    for cut in (64, 100):
+    for cut in (40, 64):
         after = attention(**with_future(inputs, cut, name, value)).output
         assert torch.isfinite(after[:, :cut]).all()
         if name in ("v", "write"):  # its chunk is computed another way
@@ -112,11 +114,11 @@ def test_gradients_never_flow_back_from_the_past(path):
 @PATHS
 @pytest.mark.parametrize("packed", [False, True])
 def test_nan_in_one_row_or_sequence_stays_there(path, packed):
-    inputs = make_inputs(B=1 if packed else 3, T=70, H=2, G=1, **path, memory=3)
+    inputs = make_inputs(B=1 if packed else 3, T=20, H=1, **path, memory=3)
     d = cotangents(inputs, memories=3)
-    options = {"cu_seqlens": packing(0, 20, 45, 70)} if packed else {}
+    options = {"cu_seqlens": packing(0, 5, 12, 20)} if packed else {}
     clean = evaluate(attention, inputs, d, **options)
-    mine = (0, slice(20, 45)) if packed else (1,)
+    mine = (0, slice(5, 12)) if packed else (1,)
     for name in ("q", "k", "v"):
         inputs[name][mine] = torch.nan
     inputs["initial_memory"][1] = torch.inf
@@ -129,9 +131,9 @@ def test_nan_in_one_row_or_sequence_stays_there(path, packed):
 
 
 CALLS = {
-    "hot": {"B": 2, "T": 130, "H": 2, "G": 1, **HOT, "write": True, "memory": 2},
-    "cold": {"T": 70, "H": 2, "G": 1, **COLD, "gate": "steep"},
-    "snapshots": {"T": 330, "H": 1, **COLD, "memory": 1},
+    "hot": {"B": 2, "T": 70, "H": 2, "G": 1, **HOT, "write": True, "memory": 2},
+    "cold": {"T": 66, "H": 1, **COLD, "gate": "steep"},
+    "snapshots": {"T": 270, "H": 1, **COLD, "memory": 1},
     "packed": {"T": 135, "H": 2, "G": 1, **HOT, "memory": 4},
 }
 BOUNDS = (0, 0, 64, 65, 135)
@@ -165,8 +167,9 @@ def test_every_number_of_a_result_is_written_and_none_other_is_read(monkeypatch,
 
 @PATHS
 def test_a_row_in_a_batch_is_the_row_alone_bit_for_bit(path):
-    inputs = make_inputs(B=3, T=67, H=2, G=1, **path, write=True, memory=3)
-    inputs["log_forget"][0] -= 1.9  # too steep to factorise, beside rows that are not
+    inputs = make_inputs(B=3, T=67, H=1, **path, write=True, memory=3)
+    if path is COLD:
+        inputs["log_forget"][0] -= 1.9  # too steep to factorise, beside rows that are not
     d = cotangents(inputs)
     together = evaluate(attention, inputs, d)
     for b in (0, 2):
@@ -246,7 +249,7 @@ def test_outputs_are_bounded_by_the_values(gate):
 
 
 def test_slots_have_no_order():
-    inputs = make_inputs(T=70, H=2, G=1, K=8, V=8, M=6, gate="mixed", write=True, memory=1)
+    inputs = make_inputs(T=70, H=2, G=1, K=8, V=8, M=6, write=True, memory=1)
     d = cotangents(inputs)
     order = torch.tensor([3, 0, 5, 1, 2, 4], device=HOME.device)
     mixed = {name: x[..., order] if x.shape[3] == 6 else x for name, x in inputs.items()}
