@@ -23,6 +23,7 @@ from gsa.ops.chunked import (
     write_factors,
 )
 from gsa.ops.triton import launch
+from gsa.ops.triton.plan import Plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUERIES = ("score", "weight", "output", "d_q", "d_weight", "d_score")
@@ -80,12 +81,12 @@ class Case:
         exact, ruler = vars(self.exact), vars(self.ruler)
         return {name: exact[name] for name in names}, {name: ruler[name] for name in names}
 
-    def new_plan(self) -> launch.Plan:
+    def new_plan(self) -> Plan:
         tokens = (self.on_device(name) for name in ("q", "k", "v", "log_forget", "write"))
-        return launch.Plan.of(*tokens, None if self.cu is None else self.cu.to(DEVICE))
+        return Plan.of(*tokens, None if self.cu is None else self.cu.to(DEVICE))
 
     @cached_property
-    def plan(self) -> launch.Plan:
+    def plan(self) -> Plan:
         return self.new_plan()
 
     @cached_property

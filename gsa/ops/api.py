@@ -34,7 +34,7 @@ def triton_problem(device: torch.device) -> str:
         return ""
     if device.type != "cpu":
         return f"they run on CUDA devices, not on {device.type}"
-    from gsa.ops.triton.launch import INTERPRETED
+    from gsa.ops.triton.plan import INTERPRETED
 
     return "" if INTERPRETED else "they need a CUDA device (or Triton's interpreter, on a CPU)"
 

@@ -13,6 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
 from gsa.ops import describe_impl, gated_slot_attention
+from gsa.ops.triton import launch
+from gsa.ops.triton.plan import walk_tile
 
 pytestmark = pytest.mark.usefixtures("kernels")
 attention = partial(gated_slot_attention, impl="triton")
@@ -115,6 +117,22 @@ def test_little_is_kept_for_the_backward_pass(packed):
     tokens = T * (2 * (16 + 1) + 16)  # scores of two query heads and what each token writes
     decays = (T // 64 + 2) * (2 * 16 + 1)
     assert less <= (tokens + decays) * 4
+
+
+def test_keys_and_values_of_unlike_width_fit_shared_memory_together(monkeypatch):
+    """One kernel walks both: it may have no more stages than the wider of them leaves room for."""
+    narrow, wide = (walk_tile("write_back", n, 64, 4, torch.bfloat16, 227 << 10) for n in (16, 128))
+    assert narrow.stages > wide.stages, "or this shows nothing"
+    asked = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda **options: asked.append(options["num_stages"])
+
+    monkeypatch.setattr(launch.write, "write_back_kernel", Recorder())
+    inputs = make_inputs(T=3, H=4, G=1, K=16, V=128, M=64, dtype=torch.bfloat16)
+    evaluate(attention, inputs, cotangents(inputs))
+    assert asked == [wide.stages]
 
 
 WITHOUT = """

@@ -19,6 +19,7 @@ from kernel_twin import DEVICE, Case, check
 
 from gsa.ops.triton import launch, sizes
 from gsa.ops.triton.common import find_span
+from gsa.ops.triton.plan import Plan
 
 # numpy, in the interpreter, remarks on what overflows on its way to being left out
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -56,7 +57,7 @@ def _segments(request, monkeypatch, in_bounds):
     """As long as the case says, whatever T; and no kernel touches what is not its own."""
     if "case" in request.fixturenames:
         unit = request.getfixturevalue("case").unit
-        monkeypatch.setattr(sizes, "segment_tokens", lambda tokens, packed: unit)
+        monkeypatch.setattr(sizes, "segment_tokens", lambda packed: unit)
 
 
 def sides(case):
@@ -83,7 +84,7 @@ def check_memories(case, side, columns):
         {"final": case.exact.final[..., columns]},
         {"final": case.ruler.final[..., columns]},
     )
-    for span in case.spans(launch.SNAPSHOT):
+    for span in case.spans(sizes.SNAPSHOT):
         if not span.ends:
             exact, ruler = (
                 {"snapshot": case.after(twin, span)[..., columns]}
@@ -182,7 +183,7 @@ def test_scores_become_weights_and_what_kernels_leave_becomes_gradients(case, mo
 
 def test_segments_begin_and_end_with_what_is_carried_to_them(case, monkeypatch):
     """`scan` and `combine`, forward with the memory and backward with its gradient."""
-    monkeypatch.setattr(sizes, "segment_tokens", lambda tokens, packed: 128)
+    monkeypatch.setattr(sizes, "segment_tokens", lambda packed: 128)
     plan, gate, spans = case.new_plan(), case.gate, case.spans(128)
     q, k, v, initial = (case.on_device(name) for name in ("q", "k", "v", "initial_memory"))
     d_output, d_final = case.d_output.to(DEVICE), case.d_final.to(DEVICE)
@@ -208,7 +209,7 @@ def test_segments_begin_and_end_with_what_is_carried_to_them(case, monkeypatch):
 def test_write_back_finds_the_gradients_of_what_was_written(case):
     """Those of writes and, from what crosses the ends of spans, of gates are half done by it."""
     plan, gate, (keys, values) = case.plan, case.gate, sides(case)
-    spans = case.spans(launch.SNAPSHOT)
+    spans = case.spans(sizes.SNAPSHOT)
     keys.final.copy_(case.exact.final)
     for span in spans:
         if not span.ends:
@@ -257,7 +258,7 @@ def spans(length, *, cu_seqlens=None, dtype=torch.int32, **options):
     inputs = make_inputs(K=1, V=1, M=1, H=1, dtype=torch.float32, **options)
     cu = None if cu_seqlens is None else torch.tensor(cu_seqlens, dtype=dtype, device=DEVICE)
     tokens = (inputs[name].to(DEVICE) for name in ("q", "k", "v", "log_forget"))
-    plan = launch.Plan.of(*tokens, None, cu)
+    plan = Plan.of(*tokens, None, cu)
     out = torch.full((plan.sizes.spans(length), 5), -1, dtype=torch.int64, device=DEVICE)
     spans_kernel[(len(out),)](out, plan.owners(length), plan.bounds, plan.T, length, plan.packed)
     return out.tolist()
@@ -309,7 +310,7 @@ LIES = {
 @pytest.mark.parametrize("bounds", LIES.values(), ids=LIES.keys())
 def test_bounds_that_lie_lead_to_no_access_out_of_bounds(bounds, monkeypatch):
     """On a device they are trusted: results may be anything, the rest of memory is left alone."""
-    monkeypatch.setattr(sizes, "segment_tokens", lambda tokens, packed: 256)
+    monkeypatch.setattr(sizes, "segment_tokens", lambda packed: 256)
     for length in (64, 256):
         for _, begin, end, start, stop in spans(
             length, cu_seqlens=bounds, dtype=torch.int64, T=300
@@ -319,7 +320,7 @@ def test_bounds_that_lie_lead_to_no_access_out_of_bounds(bounds, monkeypatch):
     d_output, d_final = cotangents(inputs, memories=len(bounds) - 1)
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     initial = inputs.pop("initial_memory")
-    plan = launch.Plan.of(*inputs.values(), None, torch.tensor(bounds, device=DEVICE))
+    plan = Plan.of(*inputs.values(), None, torch.tensor(bounds, device=DEVICE))
     output, final, kept = launch.forward(plan, initial, 1.0, "softmax", True, True)
     d = (d_output.to(DEVICE), d_final.to(DEVICE))
     launch.backward(plan, initial, final, kept, *d, 1.0, "softmax")
@@ -341,9 +342,9 @@ def test_the_guard_sees_an_access_out_of_bounds():
 
 
 def test_a_segment_holds_whole_snapshots_and_a_power_of_two_of_chunks():
+    assert sizes.SNAPSHOT % sizes.CHUNK == 0
     for packed in (False, True):
-        for T in (0, 1, 2048, 2049, 4096, 4097, 8192, 8193, 300_000):
-            unit = sizes.segment_tokens(T, packed)
-            assert unit % sizes.SNAPSHOT == 0 and sizes.SNAPSHOT % sizes.CHUNK == 0
-            chunks = unit // sizes.CHUNK
-            assert chunks & (chunks - 1) == 0
+        unit = sizes.segment_tokens(packed)
+        assert unit % sizes.SNAPSHOT == 0
+        chunks = unit // sizes.CHUNK
+        assert chunks & (chunks - 1) == 0

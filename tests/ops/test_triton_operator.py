@@ -20,7 +20,7 @@ from numerics import (
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
 from gsa.ops import SLOT_ACTIVATIONS, gated_slot_attention
-from gsa.ops.triton import launch, sizes
+from gsa.ops.triton import plan, sizes
 
 # numpy, in the interpreter, remarks on what overflows on its way to being left out
 pytestmark = [
@@ -47,12 +47,12 @@ def packing(lengths, dtype=torch.int32):
 
 
 def short_segments(monkeypatch, unit=256):
-    monkeypatch.setattr(sizes, "segment_tokens", lambda tokens, packed: unit)
+    monkeypatch.setattr(sizes, "segment_tokens", lambda packed: unit)
 
 
 def test_hot_sizes_use_descriptors_and_cold_ones_do_not(monkeypatch):
-    made, descriptor = [], launch.descriptor
-    monkeypatch.setattr(launch, "descriptor", lambda *x: made.append(descriptor(*x)) or made[-1])
+    made, descriptor = [], plan.descriptor
+    monkeypatch.setattr(plan, "descriptor", lambda *x: made.append(descriptor(*x)) or made[-1])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for path, hot in ((HOT, True), (COLD, False)):
             made.clear()
@@ -278,7 +278,7 @@ def test_slices_of_a_fused_projection_are_taken_as_they_lie(path, packed, monkey
     sliced = {"q": q.unflatten(2, (2, -1)), "k": k.unflatten(2, (1, -1))}
     sliced |= {"v": v.unflatten(2, (1, -1)), "log_forget": inputs["log_forget"]}
     arguments = {name: x.detach().requires_grad_() for name, x in sliced.items()}
-    assert all(launch.token_rows(arguments[n])[0] is arguments[n] for n in "qkv")
+    assert all(plan.token_rows(arguments[n])[0] is arguments[n] for n in "qkv")
     got = attention(**arguments, **options)
     grads = torch.autograd.grad(list(got), list(arguments.values()), list(d))
     actual = {"output": got.output.detach(), "memory": got.memory.detach()}

@@ -20,6 +20,19 @@ def sum_slices(parts, place, mask, step, SLICES: tl.constexpr):
     return total
 
 
+@triton.jit
+def write_and_growth(log_forget, write, steep_flags, chunk, head, start, stop, slots,
+                     G: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+                     EXACT: tl.constexpr):  # fmt: skip
+    """(w, `grow` of `chunk_decays`) of a chunk, each [C, slots]; grow is 1 where it is flagged."""
+    log_f = load_gate(log_forget, start, stop, head, slots, G, M, C)
+    w = load_write(log_f, write, start, stop, head, slots, G, M, C)
+    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
+    if tl.load(steep_flags + chunk * G + head) != 0:
+        grow = tl.full(grow.shape, 1.0, tl.float32)
+    return w, grow
+
+
 @triton.jit(do_not_specialize=["tokens", "all_tokens"])
 def activate_kernel(
     raw, own,  # [slices, tokens, H, M], [slices, tokens, H] fp32: what `contract_kernel` left
@@ -39,11 +52,8 @@ def activate_kernel(
     rows, slots = tl.arange(0, C), tl.arange(0, M_PAD)
     valid, present = start + rows < stop, slots < M
     mask = valid[:, None] & present[None, :]
-    log_f = load_gate(log_forget, start, stop, group, slots, G, M, C)
-    w = load_write(log_f, write, start, stop, group, slots, G, M, C)
-    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
-    if tl.load(steep_flags + chunk * G + group) != 0:
-        grow = tl.full(grow.shape, 1.0, tl.float32)
+    w, grow = write_and_growth(log_forget, write, steep_flags, chunk, group, start, stop, slots,
+                               G, M, C, EXACT)  # fmt: skip
     step = all_tokens.to(tl.int64) * H
     for r in range(R):
         head = group * R + r
@@ -79,11 +89,8 @@ def activate_backward_kernel(
     rows, slots = tl.arange(0, C), tl.arange(0, M_PAD)
     valid, present = start + rows < stop, slots < M
     mask = valid[:, None] & present[None, :]
-    log_f = load_gate(log_forget, start, stop, group, slots, G, M, C)
-    w = load_write(log_f, write, start, stop, group, slots, G, M, C)
-    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
-    if tl.load(steep_flags + chunk * G + group) != 0:
-        grow = tl.full(grow.shape, 1.0, tl.float32)
+    w, grow = write_and_growth(log_forget, write, steep_flags, chunk, group, start, stop, slots,
+                               G, M, C, EXACT)  # fmt: skip
     read_term = tl.zeros([C, M_PAD], tl.float32)
     own_term = tl.zeros([C, M_PAD], tl.float32)
     step = all_tokens.to(tl.int64) * H

@@ -57,8 +57,8 @@ def prepare_kernel(
     w = load_write(log_f, write, start, stop, head, slots, G, M, C)
     _, lift, fade_in, fade_out, steep = chunk_decays(log_f, EXACT)
     if write is not None:
-        finite = tl.where(tl.abs(w) < float("inf"), 0, 1)
-        broken = tl.max(tl.max(finite, 1), 0) > 0
+        infinite = tl.where(tl.abs(w) < float("inf"), 0, 1)
+        broken = tl.max(tl.max(infinite, 1), 0) > 0
         if broken:
             lift = tl.full(lift.shape, 1.0, tl.float32)
         steep = steep | broken

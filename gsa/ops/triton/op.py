@@ -44,10 +44,11 @@ def triton_forward(
     """(output, final memory), then what the backward pass needs, empty where it is not kept:
     raw, own, lifted, fades, steep, starts, keys, values of `Kept` in `launch.py`."""
     from gsa.ops.triton import launch
+    from gsa.ops.triton.plan import Plan
 
     if initial_memory is not None:
         initial_memory = initial_memory.contiguous()
-    plan = launch.Plan.of(q, k, v, log_forget, write, cu_seqlens)
+    plan = Plan.of(q, k, v, log_forget, write, cu_seqlens)
     with torch.cuda.device_of(q):
         output, memory, kept = launch.forward(
             plan, initial_memory, scale, cast(SlotActivation, slot_activation), keep, keep_memories
@@ -62,7 +63,7 @@ def triton_forward_fake(
     q, k, v, log_forget, write, initial_memory, cu_seqlens, scale, slot_activation, keep,
     keep_memories,
 ):  # fmt: skip
-    from gsa.ops.triton.launch import operand_dtype
+    from gsa.ops.triton.plan import operand_dtype
 
     n = Sizes.of(q, k, v, log_forget, cu_seqlens)
     operand, fp32 = operand_dtype(q.dtype), torch.float32
@@ -104,11 +105,12 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v, log_forget, write, initial_memory); empty for what is not given."""
     from gsa.ops.triton import launch
+    from gsa.ops.triton.plan import Plan
 
     raw, own, lifted, fades, steep, *rest = kept
     starts, keys, values = (x if x.numel() else None for x in rest)
     gates = launch.Gates(lifted, fades, steep)
-    plan = launch.Plan.of(q, k, v, log_forget, write, cu_seqlens)
+    plan = Plan.of(q, k, v, log_forget, write, cu_seqlens)
     with torch.cuda.device_of(q):
         gradients = launch.backward(
             plan,

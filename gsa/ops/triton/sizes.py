@@ -1,6 +1,6 @@
 """Sizes that results depend on. Free of triton, so that tracing can use them.
 
-Segments depend on the length of a sequence, never on the batch: a row in a batch is computed
+Where segments lie depends on their own sequence, never on the batch: a row in a batch is computed
 exactly like the row alone.
 """
 
@@ -15,7 +15,7 @@ SNAPSHOT = 256
 """Tokens from one memory that the backward pass looks at to the next."""
 
 
-def segment_tokens(tokens: int, packed: bool) -> int:
+def segment_tokens(packed: bool) -> int:
     """Tokens that one program walks. Shorter segments would fill a GPU with fewer sequences, but
     every border costs a second look at what is written before it."""
     return 1024 if packed else 2048
@@ -50,7 +50,7 @@ class Sizes:
 
     @property
     def unit(self) -> int:
-        return segment_tokens(self.T, self.packed)
+        return segment_tokens(self.packed)
 
     @property
     def segmented(self) -> bool:
