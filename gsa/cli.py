@@ -5,6 +5,7 @@ gsa train RECIPE [options]                train a model, or go on with it
 gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
 gsa bench plot RESULT...                  draw what a GPU's run measured
+gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa info                                  versions, devices, implementations
 """
 
@@ -179,12 +180,17 @@ def generate(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """time the operator here: gsa bench ops [options]; draw it: gsa bench plot RESULT..."""
-    chosen, rest = _subcommand("bench", ("ops", "plot"), arguments)
+    """time the operator: gsa bench ops; draw that: gsa bench plot; tune kernels: gsa bench tune"""
+    chosen, rest = _subcommand("bench", ("ops", "plot", "tune"), arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
 
         print(bench_plot(_config("gsa bench plot", bench_plot, PlotConfig, rest, ("results",))))
+        return 0
+    if chosen == "tune":
+        from gsa.benchmark.tune import TuneConfig, bench_tune
+
+        bench_tune(_config("gsa bench tune", bench_tune, TuneConfig, rest))
         return 0
     from gsa.benchmark.device import bench_device
 

@@ -66,8 +66,8 @@ class Case:
         rows = sizes.get("B", 1) if cu_seqlens is None else len(cu_seqlens) - 1
         x = make_inputs(dtype=torch.float32, memory=rows if memory else None, **sizes)
         if steep:
-            x["log_forget"][:, 70:134, 0, 1] = -2.5
-            x["log_forget"][:, :64, -1, 0] = -1.5
+            x["log_forget"][:, 70:134, 0, 1] = -12.0
+            x["log_forget"][:, :64, -1, 0] = -6.0
         self.inputs = x
         self.d_output, self.d_final = cotangents(x, memories=rows)
         self.B, self.T, self.H, self.K = x["q"].shape
@@ -83,7 +83,7 @@ class Case:
 
     def new_plan(self) -> Plan:
         tokens = (self.on_device(name) for name in ("q", "k", "v", "log_forget", "write"))
-        return Plan.of(*tokens, None if self.cu is None else self.cu.to(DEVICE))
+        return Plan(*tokens, None if self.cu is None else self.cu.to(DEVICE))
 
     @cached_property
     def plan(self) -> Plan:
@@ -103,10 +103,10 @@ class Case:
         return self.tiling.gather(x, self.chunks, x.dtype)
 
     def tokens(self, tiles: Tensor) -> Tensor:
-        """The reverse: [tokens, heads, width] in fp32 on the device."""
+        """The reverse: [tokens, heads, width] in fp64 on the device."""
         x = tiles.new_empty(self.B, self.T, tiles.shape[2], tiles.shape[4])
         self.tiling.scatter(tiles, self.chunks, x)
-        return x.flatten(0, 1).float().to(DEVICE)
+        return x.flatten(0, 1).double().to(DEVICE)
 
     def spans(self, length: int) -> list[Span]:
         """All spans of so many tokens that are not empty."""
@@ -209,6 +209,14 @@ class Case:
             return twin.final[span.sequence]
         return twin.starts[span.last + 1, span.row]
 
+    def crossing(self, twin: SimpleNamespace, span: Span) -> Tensor:
+        """Rows of the memory before and after a span ⊙ their gradients, [2, G, M]."""
+        ends, initial = twin.d_ends, twin.d_initial
+        d_before = initial[span.sequence] if span.begins else ends[span.first - 1, span.row]
+        before = twin.starts[span.first, span.row] * d_before
+        after = self.after(twin, span) * ends[span.last, span.row]
+        return torch.stack([before.sum(-1), after.sum(-1)])
+
     @cached_property
     def grow(self) -> Tensor:
         """exp(G - S), for the kernels' S; 1 in chunks not factorised: [chunks, rows, H, C, M]."""
@@ -232,7 +240,7 @@ class Case:
         found = memories.new_full((self.plan.units, *memories.shape[2:]), torch.nan)
         for span, chunk in spans:
             found[span.number] = memories[chunk, span.row]
-        return found.float().to(DEVICE)
+        return found.double().to(DEVICE)
 
 
 def check(actual: Tensors, exact: Tensors, ruler: Tensors) -> None:

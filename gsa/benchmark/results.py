@@ -8,9 +8,14 @@ from typing import Any
 
 def write_result(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON file beside its place, then renames it."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file beside its place, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.incomplete")
-    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 

@@ -129,6 +129,23 @@ def test_bench_ops_without_the_device_or_the_peer_it_was_asked_for(capsys, monke
     assert message.startswith("error: cases: expected groups (cold-start, step, 1.3B")
 
 
+def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "table.json"
+    message = fails(
+        ["bench", "tune", "--sizes", "4", "4", "64", "64", "64", "--out", str(out)], capsys
+    )
+    assert "gsa bench tune: expected a CUDA device" in message and not out.exists()
+    message = fails(["bench", "tune", "--sizes", "4", "3", "64", "64", "64"], capsys)
+    assert "sizes: expected H G K V M, above 0, H a multiple of G" in message
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "tune", "--help"])
+    assert caught.value.code == 0
+    assert "--budget-seconds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -140,7 +157,7 @@ def test_bench_ops_without_the_device_or_the_peer_it_was_asked_for(capsys, monke
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
         (["data", "cook"], "gsa data: expected 'prepare', got 'cook'"),
-        (["bench"], "gsa bench: expected 'ops' or 'plot', got nothing"),
+        (["bench"], "gsa bench: expected 'ops' or 'plot' or 'tune', got nothing"),
         (["bench", "plot", "/no/result.json"], "/no/result.json"),
         (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),
     ],

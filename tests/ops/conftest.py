@@ -6,6 +6,8 @@ import pytest
 import torch
 from numerics import HOME
 
+from gsa.ops.triton import sizes
+
 IMPLS = ["reference", "chunked"]
 if torch.cuda.is_available():
     IMPLS.append("triton")
@@ -28,6 +30,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, in_bounds: None) -> None:
     """Inputs for the kernels: on the GPU if there is one, else for Triton's interpreter."""
     monkeypatch.setattr(HOME, "device", "cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(HOME, "dtype", torch.float32)
+    monkeypatch.setattr(sizes, "span_tokens", lambda: 256)  # so that few tokens have several spans
 
 
 class Guard:

@@ -3,6 +3,7 @@
 Run with `pytest -m gpu tests/ops`. Each test says what it needs beyond 2 GiB of GPU memory.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -222,6 +223,19 @@ def test_the_host_never_waits(packed, recompute):
     changed = evaluate(attention, {n: x.detach() for n, x in arguments.items()}, d, **options)
     assert_bit_equal(results, changed)
     assert not torch.equal(results["output"], expected["output"])
+
+
+def test_a_new_thread_launches_what_another_compiled():
+    """It has no CUDA context yet, and no memory to ask for that would give it one."""
+    inputs = make_inputs(T=300, H=4, G=2, K=64, V=64, M=32, dtype=torch.bfloat16, memory=1)
+    d = cotangents(inputs)
+    expected = evaluate(attention, inputs, d)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(evaluate, attention, inputs, d).result()
+        assert_bit_equal(found, expected)
+        with torch.no_grad():
+            output = pool.submit(attention, **inputs).result().output
+    assert torch.equal(output, expected["output"])
 
 
 def test_packing_described_on_either_side():

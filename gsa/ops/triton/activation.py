@@ -23,27 +23,27 @@ def sum_slices(parts, place, mask, step, SLICES: tl.constexpr):
 @triton.jit
 def write_and_growth(log_forget, write, steep_flags, chunk, head, start, stop, slots,
                      G: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-                     EXACT: tl.constexpr):  # fmt: skip
+                     NUMBER: tl.constexpr):  # fmt: skip
     """(w, `grow` of `chunk_decays`) of a chunk, each [C, slots]; grow is 1 where it is flagged."""
-    log_f = load_gate(log_forget, start, stop, head, slots, G, M, C)
+    log_f = load_gate(log_forget, start, stop, head, slots, G, M, C, NUMBER)
     w = load_write(log_f, write, start, stop, head, slots, G, M, C)
-    grow, _, _, _, _ = chunk_decays(log_f, EXACT)
+    grow, _, _, _, _ = chunk_decays(log_f)
     if tl.load(steep_flags + chunk * G + head) != 0:
-        grow = tl.full(grow.shape, 1.0, tl.float32)
+        grow = tl.full(grow.shape, 1.0, NUMBER)
     return w, grow
 
 
 @triton.jit(do_not_specialize=["tokens", "all_tokens"])
 def activate_kernel(
-    raw, own,  # [slices, tokens, H, M], [slices, tokens, H] fp32: what `contract_kernel` left
+    raw, own,  # [slices, tokens, H, M], [slices, tokens, H]: what `contract_kernel` left
     log_forget, write,  # [tokens, G, M]
     steep_flags,  # [chunks, G]
     read,  # out [tokens, H, M]: read weights, times `grow`
-    kept_raw, kept_own,  # out [tokens, H, M], [tokens, H] fp32: the sums, for the backward pass
+    kept_raw, kept_own,  # out [tokens, H, M], [tokens, H]: the sums, for the backward pass
     owners, bounds, tokens, all_tokens, scale,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr,
     SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr, PACKED: tl.constexpr,
+    NUMBER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """score = scale · (grow · raw + w · own), read = activation(score) · grow."""
     R: tl.constexpr = H // G
@@ -53,7 +53,7 @@ def activate_kernel(
     valid, present = start + rows < stop, slots < M
     mask = valid[:, None] & present[None, :]
     w, grow = write_and_growth(log_forget, write, steep_flags, chunk, group, start, stop, slots,
-                               G, M, C, EXACT)  # fmt: skip
+                               G, M, C, NUMBER)  # fmt: skip
     step = all_tokens.to(tl.int64) * H
     for r in range(R):
         head = group * R + r
@@ -71,16 +71,16 @@ def activate_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "all_tokens"])
 def activate_backward_kernel(
-    raw, own,  # [slices, tokens, H, M], [slices, tokens, H] fp32: d output against values
-    kept_raw, kept_own,  # [tokens, H, M], [tokens, H] fp32: queries against keys
+    raw, own,  # [slices, tokens, H, M], [slices, tokens, H]: d output against values
+    kept_raw, kept_own,  # [tokens, H, M], [tokens, H]: queries against keys
     log_forget, write,  # [tokens, G, M]
     steep_flags,  # [chunks, G]
     read, d_score,  # out [tokens, H, M]: read weights and d scores, times `grow`
-    read_terms, own_terms,  # out [tokens, G, M] fp32, for `gate_gradient_kernel`
+    read_terms, own_terms,  # out [tokens, G, M], for `gate_gradient_kernel`
     owners, bounds, tokens, all_tokens, scale,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr,
     SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
-    EXACT: tl.constexpr, PACKED: tl.constexpr,
+    NUMBER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores; what each token reads of others; what it reads of its own write."""
     R: tl.constexpr = H // G
@@ -90,9 +90,9 @@ def activate_backward_kernel(
     valid, present = start + rows < stop, slots < M
     mask = valid[:, None] & present[None, :]
     w, grow = write_and_growth(log_forget, write, steep_flags, chunk, group, start, stop, slots,
-                               G, M, C, EXACT)  # fmt: skip
-    read_term = tl.zeros([C, M_PAD], tl.float32)
-    own_term = tl.zeros([C, M_PAD], tl.float32)
+                               G, M, C, NUMBER)  # fmt: skip
+    read_term = tl.zeros([C, M_PAD], NUMBER)
+    own_term = tl.zeros([C, M_PAD], NUMBER)
     step = all_tokens.to(tl.int64) * H
     for r in range(R):
         head = group * R + r
@@ -110,7 +110,7 @@ def activate_backward_kernel(
         # Rounded as `write_back_kernel` will see them, so that the terms of a pair are the same.
         weight = (weight * grow).to(read.dtype.element_ty)
         d_score_CM = (d_score_CM * grow).to(read.dtype.element_ty)
-        read_term += weight.to(tl.float32) * d_raw + d_score_CM.to(tl.float32) * raw_CM
+        read_term += weight.to(NUMBER) * d_raw + d_score_CM.to(NUMBER) * raw_CM
         tl.store(read + place, weight, mask=mask)
         tl.store(d_score + place, d_score_CM, mask=mask)
     place = (start * G + group) * M + rows[:, None] * (G * M) + slots[None, :]

@@ -6,7 +6,7 @@ Tokens of all rows are counted through: token t of row b is number b·T + t.
 
 # Triton's types do not describe what may stand in a kernel or be passed to one.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
-# pyright: reportArgumentType=false, reportReturnType=false
+# pyright: reportArgumentType=false, reportReturnType=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
@@ -14,6 +14,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LIMIT = tl.constexpr(86.0)
 """Largest exponent, to the base 2, of a factor exp(S - G_j): e^60 leaves room in fp32."""
+LIMIT_FP64 = tl.constexpr(480.0)
+"""The same where factors are fp64."""
 
 
 @triton.jit
@@ -88,13 +90,12 @@ def boundary_number(owner, begin, start, tokens, LENGTH: tl.constexpr, PACKED: t
 def exp2_scaled(exponent, shift):
     """2^(exponent + shift) for an integer shift that changes no bit of the significand."""
     whole = tl.floor(exponent)
-    part = (exponent - whole).to(tl.float32)
-    return tl.exp2(part) * tl.exp2((whole + shift).to(tl.float32))
+    return tl.exp2(exponent - whole) * tl.exp2(whole + shift)
 
 
 @triton.jit
-def chunk_decays(log_forget, EXACT: tl.constexpr):
-    """Decays within a chunk from its log f [C, M] (0 where padded).
+def chunk_decays(log_forget):
+    """Decays within a chunk from its log f [C, M] (0 where padded), in its dtype.
 
     Returns (grow, lift, fade_in, fade_out, steep). With G_i the sum of log f up to token i and a
     shift S, exp(G_i - G_j) = grow_i · lift_j, exp(S) = fade_in, exp(G_C - S) = fade_out. S is 0, or
@@ -102,28 +103,28 @@ def chunk_decays(log_forget, EXACT: tl.constexpr):
     later token decays changes no bit of what is read before it.
     steep: whether the range of a slot is too wide for that. Then grow = lift = 1, and the chunk is
     to be computed token by token.
-    EXACT: G is summed in fp64.
     """
-    log2_f = log_forget.to(tl.float64) if EXACT else log_forget
-    decay_sum = tl.cumsum(log2_f * LOG2_E, 0)
+    MOST: tl.constexpr = LIMIT_FP64 if log_forget.dtype == tl.float64 else LIMIT
+    decay_sum = tl.cumsum(log_forget * LOG2_E, 0)
     total = tl.min(decay_sum, 0)
-    shift = tl.where(total < -LIMIT, tl.floor(total * 0.5), 0.0)
-    steep = tl.min(total, 0) < -2 * LIMIT
+    shift = tl.where(total < -MOST, tl.floor(total * 0.5), 0.0)
+    steep = tl.min(total, 0) < -2 * MOST
     grow = exp2_scaled(decay_sum, -shift[None, :])
     lift = exp2_scaled(-decay_sum, shift[None, :])
-    fade_in = tl.exp2(shift.to(tl.float32))
+    fade_in = tl.exp2(shift)
     fade_out = exp2_scaled(total, -shift)
     if steep:
-        grow = tl.full(grow.shape, 1.0, tl.float32)
-        lift = tl.full(lift.shape, 1.0, tl.float32)
+        grow = tl.full(grow.shape, 1.0, grow.dtype)
+        lift = tl.full(lift.shape, 1.0, lift.dtype)
     return grow, lift, fade_in, fade_out, steep
 
 
 @triton.jit
 def forget_minus_one(log_forget):
     """f - 1 = expm1(log f), to full precision near 0."""
-    series = 1 + log_forget / 9
-    for i in tl.static_range(8, 1, -1):
+    TERMS: tl.constexpr = 15 if log_forget.dtype == tl.float64 else 9
+    series = 1 + log_forget / TERMS
+    for i in tl.static_range(TERMS - 1, 1, -1):
         series = 1 + series * log_forget / i
     return tl.where(log_forget > -0.5, log_forget * series, tl.exp(log_forget) - 1)
 

@@ -4,16 +4,21 @@
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportReturnType=false
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from gsa.ops.triton import activation, gates, read, write
-from gsa.ops.triton.plan import Plan, all_or_none, token_rows
-from gsa.ops.triton.sizes import CHUNK, SNAPSHOT
+from gsa.ops.triton.plan import Plan, all_or_none, token_rows, without_memory
+from gsa.ops.triton.program import Jobs, enter_context, may_repeat
 from gsa.ops.types import SlotActivation
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Of q, k, v, log_forget, write, initial."""
+
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""q, k, v, log_forget, write, cu_seqlens."""
 
 
 class Gates(NamedTuple):
@@ -26,13 +31,14 @@ class Gates(NamedTuple):
 
 def prepare(plan: Plan) -> Gates:
     """Decays of all chunks."""
-    G, M = plan.G, plan.M
-    lifted = plan.q.new_empty((plan.tokens, G, M), dtype=plan.operand_dtype)
-    fades = plan.q.new_empty((plan.chunks, G, 2, M), dtype=torch.float32)
-    steep = plan.q.new_empty((plan.chunks, G), dtype=torch.int32)
-    gates.prepare_kernel[(plan.chunks * G,)](
-        plan.log_forget, plan.write, lifted, fades, steep, plan.chunk_owners, plan.bounds, plan.T,
-        M_PAD=plan.slots, **plan.gate, num_warps=4,
+    G, M, recipe = plan.G, plan.M, plan.recipe
+    lifted = plan.new(plan.tokens, G, M, dtype=recipe.operand_dtype)
+    fades = plan.new(plan.chunks, G, 2, M)
+    steep = plan.new(plan.chunks, G, dtype=torch.int32)
+    plan.launch(
+        "prepare", gates.prepare_kernel, plan.chunks * G,
+        (plan.log_forget, plan.write, lifted, fades, steep, plan.chunk_owners, plan.bounds, plan.T),
+        lambda: recipe.common | dict(num_warps=recipe.warps),
     )  # fmt: skip
     return Gates(lifted, fades, steep)
 
@@ -58,130 +64,129 @@ def find_starts(plan: Plan, gate: Gates, writes: tuple[Tensor, Tensor], read: tu
     """
     if not plan.sizes.segmented:
         return None
-    local = plan.q.new_empty((plan.units, plan.G, plan.M, plan.X), dtype=torch.float32)
-    decays = plan.q.new_empty((plan.units, plan.G, plan.M), dtype=torch.float32)
-    for u, y, column in zip(writes, read, (0, plan.K), strict=True):
-        heads, width = y.shape[2:]
+    G, M, recipe = plan.G, plan.M, plan.recipe
+    heads = read[0].shape[2]
+    local = plan.new(plan.units, G, M, plan.X)
+    decays = plan.new(plan.units, G, M)
+    inputs, tiles, strides, programs = [], [], [], []
+    for u, y in zip(writes, read, strict=True):
+        width = y.shape[3]
+        block = recipe.tile("scan", width).block
         y, stride = token_rows(y)
-        options = plan.walk("scan", width, column)
-        tiles = all_or_none(
-            plan.tiles(u, heads, plan.M, heads * plan.M, options["M_PAD"]),
-            plan.tiles(y, heads, width, stride, options["BLOCK"]),
+        tiles += all_or_none(
+            plan.tiles(u, heads, M, heads * M, recipe.slots),
+            plan.tiles(y, heads, width, stride, block),
         )
-        grid = (plan.units * plan.G * triton.cdiv(width, options["BLOCK"]),)
-        write.scan_kernel[grid](
-            u, y, plan.log_forget, gate.fades, gate.steep, local, decays, *tiles, plan.unit_owners,
-            plan.bounds, plan.T, stride, R=heads // plan.G, BACKWARD=backward, **options,
-        )  # fmt: skip
+        inputs += [u, y]
+        strides.append(stride)
+        programs.append(plan.units * G * -(-width // block))
+    plan.launch(
+        ("scan", backward), write.scan_kernel, sum(programs),
+        (*inputs, plan.log_forget, gate.fades, gate.steep, local, decays, *tiles, plan.unit_owners,
+         plan.bounds, plan.T, programs[1], *strides),
+        lambda: recipe.walk_both("scan") | dict(R=heads // G, BACKWARD=backward),
+    )  # fmt: skip
     block = 256
-    grid = (plan.sequences * plan.G * triton.cdiv(plan.M * plan.X, block),)
-    write.combine_kernel[grid](
-        outer, local, decays, plan.bounds, plan.T, G=plan.G, M=plan.M, X=plan.X, UNIT=plan.unit,
-        BLOCK=block, BACKWARD=backward, PACKED=plan.packed,
+    plan.launch(
+        ("combine", backward), write.combine_kernel,
+        plan.sequences * G * -(-M * plan.X // block),
+        (outer, local, decays, plan.bounds, plan.T),
+        lambda: dict(G=G, M=M, X=plan.X, UNIT=recipe.kind.unit, BLOCK=block, BACKWARD=backward,
+                     PACKED=plan.packed, NUMBER=recipe.number),
     )  # fmt: skip
     return local
 
 
 def contract(plan: Plan, gate: Gates, side: Side) -> tuple[Tensor, Tensor]:
     """(raw, own) of `contract_kernel`, in slices."""
-    H, G, M, width = plan.H, plan.G, plan.M, side.y.shape[3]
+    H, G, M, recipe, width = plan.H, plan.G, plan.M, plan.recipe, side.y.shape[3]
     (x, x_stride), (y, y_stride) = token_rows(side.x), token_rows(side.y)
-    options = plan.walk("contract", width, side.column)
-    slices = triton.cdiv(width, options["BLOCK"])
-    raw = plan.q.new_empty((slices, plan.tokens, H, M), dtype=torch.float32)
-    own = plan.q.new_empty((slices, plan.tokens, H), dtype=torch.float32)
+    block = recipe.tile("contract", width).block
+    slices = -(-width // block)
+    raw, own = plan.new(slices, plan.tokens, H, M), plan.new(slices, plan.tokens, H)
     tiles = all_or_none(
-        plan.tiles(x, H, width, x_stride, options["BLOCK"]),
-        plan.tiles(y, G, width, y_stride, options["BLOCK"]),
-        plan.tiles(gate.lifted, G, M, G * M, options["M_PAD"]),
-        plan.tiles(raw, H, M, H * M, options["M_PAD"], slices),
+        plan.tiles(x, H, width, x_stride, block),
+        plan.tiles(y, G, width, y_stride, block),
+        plan.tiles(gate.lifted, G, M, G * M, recipe.slots),
+        plan.tiles(raw, H, M, H * M, recipe.slots, slices),
     )
-    shot = plan.snapshot_tiles(side.snapshots, options)
-    read.contract_kernel[(plan.units * H * slices,)](
-        x, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
-        side.final, side.snapshots, raw, own, *tiles, shot, plan.unit_owners, plan.bounds, plan.T,
-        plan.B, x_stride, y_stride, H=H, SNAPSHOT=SNAPSHOT, FACTOR=plan.factor, **options,
+    plan.launch(
+        ("contract", side.column), read.contract_kernel, plan.units * H * slices,
+        (x, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
+         side.final, side.snapshots, raw, own, *tiles, plan.snapshot_tiles(side.snapshots, block),
+         plan.unit_owners, plan.bounds, plan.T, plan.B, x_stride, y_stride),
+        lambda: recipe.walk("contract", width, side.column) | dict(FACTOR=recipe.factor),
     )  # fmt: skip
     return raw, own
 
 
 def expand(plan: Plan, gate: Gates, z: Tensor, side: Side) -> Tensor:
     """The result of `expand_kernel`: [B, T, H, width] in q's dtype."""
-    H, G, M, width = plan.H, plan.G, plan.M, side.y.shape[3]
+    H, G, M, recipe, width = plan.H, plan.G, plan.M, plan.recipe, side.y.shape[3]
     y, y_stride = token_rows(side.y)
-    options = plan.walk("expand", width, side.column)
-    out = plan.q.new_empty((plan.B, plan.T, H, width))
+    block = recipe.tile("expand", width).block
+    out = plan.new(plan.B, plan.T, H, width, dtype=plan.q.dtype)
     tiles = all_or_none(
-        plan.tiles(z, H, M, H * M, options["M_PAD"]),
-        plan.tiles(y, G, width, y_stride, options["BLOCK"]),
-        plan.tiles(gate.lifted, G, M, G * M, options["M_PAD"]),
-        plan.tiles(out, H, width, H * width, options["BLOCK"]),
+        plan.tiles(z, H, M, H * M, recipe.slots),
+        plan.tiles(y, G, width, y_stride, block),
+        plan.tiles(gate.lifted, G, M, G * M, recipe.slots),
+        plan.tiles(out, H, width, H * width, block),
     )
-    shot = plan.snapshot_tiles(side.snapshots, options)
-    read.expand_kernel[(plan.units * H * triton.cdiv(width, options["BLOCK"]),)](
-        z, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
-        side.final, side.snapshots, out, *tiles, shot, plan.unit_owners, plan.bounds, plan.T,
-        y_stride, H=H, SNAPSHOT=SNAPSHOT, **options,
+    plan.launch(
+        ("expand", side.column), read.expand_kernel, plan.units * H * -(-width // block),
+        (z, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
+         side.final, side.snapshots, out, *tiles, plan.snapshot_tiles(side.snapshots, block),
+         plan.unit_owners, plan.bounds, plan.T, y_stride),
+        lambda: recipe.walk("expand", width, side.column),
     )  # fmt: skip
     return out
-
-
-def write_back_side(plan: Plan, name: str, z: Tensor, side: Side, d_lifted: Tensor,
-                    crossing: Tensor) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
-    """What `write_back_kernel` wants to know of its `name` side, and the gradient of side.y."""
-    H, G, M, width = plan.H, plan.G, plan.M, side.y.shape[3]
-    (x, x_stride), (y, y_stride) = token_rows(side.x), token_rows(side.y)
-    block = plan.tile("write_back", width).block
-    d_y = plan.q.new_empty((plan.B, plan.T, G, width))
-    tiles = all_or_none(
-        plan.tiles(z, H, M, H * M, plan.slots),
-        plan.tiles(x, H, width, x_stride, block),
-        plan.tiles(y, G, width, y_stride, block),
-        plan.tiles(d_y, G, width, G * width, block),
-        plan.tiles(d_lifted, G, M, G * M, plan.slots, d_lifted.shape[0]),
-    )
-    names = ("z_tiles", "x_tiles", "y_tiles", "d_y_tiles", "d_lifted_tiles")
-    arguments = dict(
-        z=z, x=x, y=y, d_y=d_y, snapshots=side.snapshots, d_lifted=d_lifted, crossing=crossing,
-        x_stride=x_stride, y_stride=y_stride, **dict(zip(names, tiles, strict=True)),
-    )  # fmt: skip
-    return {f"{name}_{key}": value for key, value in arguments.items()}, d_y
 
 
 def write_back(plan: Plan, gate: Gates, d_score: Tensor, weights: Tensor, keys: Side, values: Side,
                d_final: Tensor | None, ends: Tensor | None, d_initial: Tensor | None
                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(d_k, d_v, d_lifted [slices, tokens, G, M], crossing [slices, spans, G, M])."""
-    tiles = [plan.tile("write_back", width) for width in (plan.K, plan.V)]
-    parts = [triton.cdiv(w, tile.block) for w, tile in zip((plan.K, plan.V), tiles, strict=True)]
-    shape = (sum(parts), plan.tokens, plan.G, plan.M)
-    d_lifted = plan.q.new_empty(shape, dtype=torch.float32)
-    crossing = plan.q.new_empty((shape[0], plan.spans, *shape[2:]), dtype=torch.float32)
-    rooms = (d_lifted.split(parts), crossing.split(parts))
-    key_arguments, d_k = write_back_side(plan, "key", d_score, keys, rooms[0][0], rooms[1][0])
-    value_arguments, d_v = write_back_side(plan, "value", weights, values, rooms[0][1], rooms[1][1])
-    programs = [plan.units * plan.G * part for part in parts]
+    """(d_k, d_v, d_lifted [slices, tokens, G, M], crossing [slices, spans, 2, G, M])."""
+    H, G, M, recipe = plan.H, plan.G, plan.M, plan.recipe
+    inputs, tiles, results, strides, slices = [], [], [], [], []
+    for z, side in ((d_score, keys), (weights, values)):
+        width = side.y.shape[3]
+        (x, x_stride), (y, y_stride) = token_rows(side.x), token_rows(side.y)
+        block = recipe.tile("write_back", width).block
+        d_y = plan.new(plan.B, plan.T, G, width, dtype=plan.q.dtype)
+        inputs += [z, x, y, d_y, side.snapshots]
+        tiles += all_or_none(
+            plan.tiles(z, H, M, H * M, recipe.slots),
+            plan.tiles(x, H, width, x_stride, block),
+            plan.tiles(y, G, width, y_stride, block),
+            plan.tiles(d_y, G, width, G * width, block),
+        )
+        results.append(d_y)
+        strides += [x_stride, y_stride]
+        slices.append(-(-width // block))
+    d_lifted = plan.new(sum(slices), plan.tokens, G, M)
+    crossing = plan.new(sum(slices), plan.spans, 2, G, M)
     # None exactly where z, of the same width, has no descriptor either.
-    lifted_tiles = plan.tiles(gate.lifted, plan.G, plan.M, plan.G * plan.M, plan.slots)
-    write.write_back_kernel[(sum(programs),)](
-        **key_arguments, **value_arguments, lifted=gate.lifted, log_forget=plan.log_forget,
-        fades=gate.fades, steep_flags=gate.steep, d_final=d_final, ends=ends, d_initial=d_initial,
-        final=keys.final, lifted_tiles=lifted_tiles, owners=plan.unit_owners, bounds=plan.bounds,
-        tokens=plan.T, batch=plan.B, spans=plan.spans, value_programs=programs[1], H=plan.H,
-        G=plan.G, M=plan.M, K=plan.K, V=plan.V, C=CHUNK, UNIT=plan.unit, SNAPSHOT=SNAPSHOT,
-        M_PAD=plan.slots, KEY_BLOCK=tiles[0].block, VALUE_BLOCK=tiles[1].block,
-        FACTOR=plan.factor, OPERAND=plan.operand, PRECISION=plan.precision, PACKED=plan.packed,
-        WIDE=plan.wide, num_warps=tiles[0].warps, num_stages=min(tile.stages for tile in tiles),
+    lifted_tiles = plan.tiles(gate.lifted, G, M, G * M, recipe.slots)
+    d_lifted_tiles = plan.tiles(d_lifted, G, M, G * M, recipe.slots, sum(slices))
+    plan.launch(
+        "write_back", write.write_back_kernel, plan.units * G * sum(slices),
+        (*inputs, *tiles, gate.lifted, plan.log_forget, gate.fades, gate.steep, d_final, ends,
+         d_initial, keys.initial, keys.final, d_lifted, crossing, lifted_tiles, d_lifted_tiles,
+         plan.unit_owners, plan.bounds, plan.T, plan.B, plan.spans, plan.units * G * slices[1],
+         *strides),
+        lambda: recipe.walk_both("write_back") | dict(
+            H=H, SNAPSHOT=plan.sizes.span, FACTOR=recipe.factor
+        ),
     )  # fmt: skip
-    return d_k, d_v, d_lifted, crossing
+    return *results, d_lifted, crossing
 
 
 def new_snapshots(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """Room for the keys and the values of the memory at every SNAPSHOT tokens within a sequence."""
+    """Room for the keys and the values of the memory at every `span` tokens within a sequence."""
     if plan.sizes.borders == 0:
         return None, None
     keys, values = (
-        plan.q.new_empty((plan.sizes.borders, plan.G, plan.M, width), dtype=plan.operand_dtype)
+        plan.new(plan.sizes.borders, plan.G, plan.M, width, dtype=plan.recipe.operand_dtype)
         for width in (plan.K, plan.V)
     )
     return keys, values
@@ -190,10 +195,10 @@ def new_snapshots(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
 class Kept(NamedTuple):
     """What the backward pass needs beside inputs and results."""
 
-    raw: Tensor  # [tokens, H, M] fp32: scores against other tokens, without `grow`
-    own: Tensor  # [tokens, H] fp32: q · k of each token
+    raw: Tensor  # [tokens, H, M]: scores against other tokens, without `grow`
+    own: Tensor  # [tokens, H]: q · k of each token
     gates: Gates
-    starts: Tensor | None  # [units, G, M, X] fp32; None if every sequence is one segment
+    starts: Tensor | None  # [units, G, M, X]; None if every sequence is one segment
     keys: Tensor | None  # [borders, G, M, K], snapshots; None if they are to be made again
     values: Tensor | None  # [borders, G, M, V]
 
@@ -201,20 +206,23 @@ class Kept(NamedTuple):
 def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: SlotActivation,
             keep: bool, keep_memories: bool) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
     """(output, final memory, what to keep)."""
+    recipe = plan.recipe
     gate = prepare(plan)
     starts = find_starts(plan, gate, (gate.lifted, gate.lifted), (plan.k, plan.v), initial, False)
-    final = plan.q.new_empty((plan.sequences, plan.G, plan.M, plan.X), dtype=torch.float32)
+    final = plan.new(plan.sequences, plan.G, plan.M, plan.X, dtype=torch.float32)
     shots = new_snapshots(plan) if keep and keep_memories else (None, None)
     keys = Side(plan.q, plan.k, 0, initial, starts, final, shots[0])
     values = Side(plan.q, plan.v, plan.K, initial, starts, final, shots[1])
     raw, own = contract(plan, gate, keys)
-    weights = plan.q.new_empty((plan.tokens, plan.H, plan.M), dtype=plan.operand_dtype)
-    kept_raw = torch.empty_like(raw[0]) if keep else None
-    kept_own = torch.empty_like(own[0]) if keep else None
-    activation.activate_kernel[(plan.chunks * plan.G,)](
-        raw, own, plan.log_forget, plan.write, gate.steep, weights, kept_raw, kept_own,
-        plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale, H=plan.H, SLICES=raw.shape[0],
-        ACTIVATION=slot_activation, M_PAD=plan.slots, **plan.gate, num_warps=8,
+    slices = raw.shape[0]
+    weights = plan.new(plan.tokens, plan.H, plan.M, dtype=recipe.operand_dtype)
+    kept_raw = plan.new(plan.tokens, plan.H, plan.M) if keep else None
+    kept_own = plan.new(plan.tokens, plan.H) if keep else None
+    plan.launch(
+        ("activate", slot_activation), activation.activate_kernel, plan.chunks * plan.G,
+        (raw, own, plan.log_forget, plan.write, gate.steep, weights, kept_raw, kept_own,
+         plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
+        lambda: activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
     del raw, own
     output = expand(plan, gate, weights, values)
@@ -225,23 +233,26 @@ def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: S
 
 def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_output: Tensor,
              d_final: Tensor | None, scale: float, slot_activation: SlotActivation
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v, log_forget, write, initial."""
+             ) -> Gradients:  # fmt: skip
+    recipe = plan.recipe
     gate = kept.gates
     again = kept.keys is None
     shots = new_snapshots(plan) if again else (kept.keys, kept.values)
     keys = Side(plan.q, plan.k, 0, initial, kept.starts, None, shots[0] if again else None)
     values = Side(d_output, plan.v, plan.K, initial, kept.starts, None, shots[1] if again else None)
     raw, own = contract(plan, gate, values)
-    weights = plan.q.new_empty((plan.tokens, plan.H, plan.M), dtype=plan.operand_dtype)
-    d_score = torch.empty_like(weights)
-    read_terms = plan.q.new_empty((plan.tokens, plan.G, plan.M), dtype=torch.float32)
-    own_terms = torch.empty_like(read_terms)
-    activation.activate_backward_kernel[(plan.chunks * plan.G,)](
-        raw, own, kept.raw, kept.own, plan.log_forget, plan.write, gate.steep, weights, d_score,
-        read_terms, own_terms, plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale,
-        H=plan.H, SLICES=raw.shape[0], ACTIVATION=slot_activation, M_PAD=plan.slots, **plan.gate,
-        num_warps=8,
+    slices = raw.shape[0]
+    weights, d_score, own_terms = (
+        plan.new(plan.tokens, heads, plan.M, dtype=recipe.operand_dtype)
+        for heads in (plan.H, plan.H, plan.G)
+    )
+    read_terms = plan.new(plan.tokens, plan.G, plan.M)
+    plan.launch(
+        ("activate_backward", slot_activation), activation.activate_backward_kernel,
+        plan.chunks * plan.G,
+        (raw, own, kept.raw, kept.own, plan.log_forget, plan.write, gate.steep, weights, d_score,
+         read_terms, own_terms, plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
+        lambda: activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
     del raw, own
     d_q = expand(plan, gate, d_score, keys)
@@ -249,15 +260,67 @@ def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_ou
     d_initial = None if initial is None else torch.empty_like(final)
     d_k, d_v, d_lifted, crossing = write_back(
         plan, gate, d_score, weights, keys._replace(snapshots=shots[0], final=final),
-        values._replace(snapshots=shots[1], final=final), d_final, ends, d_initial,
+        values._replace(snapshots=shots[1]), d_final, ends, d_initial,
     )  # fmt: skip
     d_log_forget = torch.empty_like(plan.log_forget)
     d_write = None if plan.write is None else torch.empty_like(plan.write)
-    block = min(plan.slots, 32)
-    gates.gate_gradient_kernel[(plan.spans * plan.G * triton.cdiv(plan.M, block),)](
-        plan.log_forget, plan.write, gate.lifted, gate.steep, d_lifted, read_terms, own_terms,
-        crossing, d_log_forget, d_write, plan.span_owners, plan.bounds, plan.T, plan.tokens,
-        plan.spans, SPAN=SNAPSHOT, SLICES=d_lifted.shape[0], M_BLOCK=block, **plan.gate,
-        num_warps=4,
+    block, slices = min(recipe.slots, 32), d_lifted.shape[0]
+    plan.launch(
+        "gate_gradient", gates.gate_gradient_kernel,
+        plan.spans * plan.G * -(-plan.M // block),
+        (plan.log_forget, plan.write, gate.lifted, gate.steep, d_lifted, read_terms, own_terms,
+         crossing, d_log_forget, d_write, plan.span_owners, plan.bounds, plan.T, plan.tokens,
+         plan.spans),
+        lambda: gate_gradient_constants(plan, block, slices),
     )  # fmt: skip
     return d_q, d_k, d_v, d_log_forget, d_write, d_initial
+
+
+def activation_constants(plan: Plan, slices: int, slot_activation: str) -> dict[str, object]:
+    own = dict(H=plan.H, SLICES=slices, ACTIVATION=slot_activation, num_warps=8)
+    return plan.recipe.common | own
+
+
+def gate_gradient_constants(plan: Plan, block: int, slices: int) -> dict[str, object]:
+    shared = {name: x for name, x in plan.recipe.common.items() if name != "M_PAD"}
+    return shared | dict(SPAN=plan.sizes.span, M_BLOCK=block, SLICES=slices, num_warps=4)
+
+
+def run_forward(tokens: Tokens, initial: Tensor | None, scale: float,
+                slot_activation: SlotActivation, keep: bool, keep_memories: bool
+                ) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
+    """`forward`. The first call of a kind compiles its kernels, and those of `backward` if that is
+    to follow, side by side."""
+    plan = Plan(*tokens)
+    enter_context(plan.q.device)
+    if may_repeat(*tokens, initial):
+        programs = plan.recipe.programs
+        kind = (initial is None, slot_activation, keep, keep_memories, plan.sizes.segmented)
+        if kind not in programs.begun:
+            programs.begun.add(kind)
+            compile_ahead(plan, initial, slot_activation, keep, keep_memories)
+        plan.launch = programs.launch
+    return forward(plan, initial, scale, slot_activation, keep, keep_memories)
+
+
+def compile_ahead(plan: Plan, initial: Tensor | None, slot_activation: SlotActivation, keep: bool,
+                  keep_memories: bool) -> None:  # fmt: skip
+    """Compiles what a call is going to launch; backwards with a gradient of the output alone."""
+    jobs = Jobs()
+    initial = without_memory(initial)
+    sketch = plan.sketch(jobs.launch)
+    output, final, kept = forward(sketch, initial, 1.0, slot_activation, keep, keep_memories)
+    if kept is not None:
+        later = plan.sketch(jobs.launch)
+        backward(later, initial, final, kept, output, None, 1.0, slot_activation)
+    jobs.compile()
+
+
+def run_backward(tokens: Tokens, initial: Tensor | None, final: Tensor, kept: Kept,
+                 d_output: Tensor, d_final: Tensor | None, scale: float,
+                 slot_activation: SlotActivation) -> Gradients:  # fmt: skip
+    plan = Plan(*tokens)
+    enter_context(plan.q.device)
+    if may_repeat(*tokens, initial, final, d_output, d_final):
+        plan.launch = plan.recipe.programs.launch
+    return backward(plan, initial, final, kept, d_output, d_final, scale, slot_activation)

@@ -16,6 +16,18 @@ from gsa.ops.triton.common import boundary_number
 
 
 @triton.jit
+def product(a, b, NUMBER: tl.constexpr, PRECISION: tl.constexpr):
+    """a · b summed in NUMBER."""
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=NUMBER)
+
+
+@triton.jit
+def add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a · b."""
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
 def load_tile(tiles, row, head, place, column, C: tl.constexpr, BLOCK: tl.constexpr):
     """[C, BLOCK] at token `place` of a descriptor over [rows, heads, tokens, width]."""
     return tiles.load([row, head, place, column]).reshape(C, BLOCK)
@@ -24,6 +36,12 @@ def load_tile(tiles, row, head, place, column, C: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def store_tile(tiles, value, row, head, place, column, C: tl.constexpr, BLOCK: tl.constexpr):
     tiles.store([row, head, place, column], value.to(tiles.dtype).reshape(1, 1, C, BLOCK))
+
+
+@triton.jit
+def even_stride(x, stride):
+    """The stride of a tensor that has a descriptor: it is a multiple of 16 bytes."""
+    return tl.multiple_of(stride, 128 // x.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
@@ -45,12 +63,12 @@ def store_rows(x, value, stride, first, stop, cols, wanted, C: tl.constexpr):
 
 @triton.jit
 def load_memory(base, row, X: tl.constexpr, M: tl.constexpr, cols, wanted,
-                M_PAD: tl.constexpr):  # fmt: skip
-    """Columns of memory `row` of [.., M, X], in fp32; 0 beyond M and where not `wanted`."""
+                M_PAD: tl.constexpr, NUMBER: tl.constexpr):  # fmt: skip
+    """Columns of memory `row` of [.., M, X]; 0 beyond M and where not `wanted`."""
     slots = tl.arange(0, M_PAD)
     mask = (slots < M)[:, None] & wanted[None, :]
     place = slots[:, None] * X + cols[None, :]
-    return tl.load(base + row.to(tl.int64) * (M * X) + place, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(base + row.to(tl.int64) * (M * X) + place, mask=mask, other=0.0).to(NUMBER)
 
 
 @triton.jit
@@ -64,26 +82,47 @@ def store_memory(base, row, memory, X: tl.constexpr, M: tl.constexpr, cols, want
 
 @triton.jit
 def border_memory(inner, outer, is_outermost, inner_row, outer_row, X: tl.constexpr,
-                  M: tl.constexpr, cols, wanted, M_PAD: tl.constexpr):  # fmt: skip
+                  M: tl.constexpr, cols, wanted, M_PAD: tl.constexpr,
+                  NUMBER: tl.constexpr):  # fmt: skip
     """The memory (or its gradient) that a walk starts from: `outer` at the sequence's border, what
     `combine_kernel` left in `inner` within it, zero where there is none."""
-    memory = tl.zeros([M_PAD, cols.shape[0]], tl.float32)
+    memory = tl.zeros([M_PAD, cols.shape[0]], NUMBER)
     if is_outermost:
         if outer is not None:
-            memory = load_memory(outer, outer_row, X, M, cols, wanted, M_PAD)
+            memory = load_memory(outer, outer_row, X, M, cols, wanted, M_PAD, NUMBER)
     elif inner is not None:
-        memory = load_memory(inner, inner_row, X, M, cols, wanted, M_PAD)
+        memory = load_memory(inner, inner_row, X, M, cols, wanted, M_PAD, NUMBER)
     return memory
 
 
 @triton.jit
-def load_fades(fades, row, M: tl.constexpr, M_PAD: tl.constexpr):
-    """exp(S) and exp(G_C - S) of a chunk, each [M_PAD]: see `chunk_decays`."""
+def entering(fades, flag, M: tl.constexpr, M_PAD: tl.constexpr, BACKWARD: tl.constexpr = False):
+    """What a memory is multiplied with before a chunk, [M_PAD]: exp(S) of `chunk_decays`.
+
+    flag: number of the chunk and head. BACKWARD: what its gradient is, exp(G_C - S).
+    """
     slots = tl.arange(0, M_PAD)
-    fade = fades + row.to(tl.int64) * (2 * M) + slots
-    fade_in = tl.load(fade, mask=slots < M, other=0.0)
-    fade_out = tl.load(fade + M, mask=slots < M, other=0.0)
-    return fade_in, fade_out
+    fade = fades + flag.to(tl.int64) * (2 * M) + slots
+    return tl.load(fade + M if BACKWARD else fade, mask=slots < M, other=0.0)
+
+
+@triton.jit
+def leaving(fades, flag, M: tl.constexpr, M_PAD: tl.constexpr, BACKWARD: tl.constexpr = False):
+    """What it is multiplied with after the chunk."""
+    slots = tl.arange(0, M_PAD)
+    fade = fades + flag.to(tl.int64) * (2 * M) + slots
+    return tl.load(fade if BACKWARD else fade + M, mask=slots < M, other=0.0)
+
+
+@triton.jit
+def passing(fades, flag, before, follows, M: tl.constexpr, M_PAD: tl.constexpr,
+            BACKWARD: tl.constexpr = False):  # fmt: skip
+    """Both at once between the chunk walked `before` and this one, if it `follows` that at all.
+
+    Loads that products wait for are begun long before; after a product it would be waited for them.
+    """
+    left = tl.where(follows, leaving(fades, before, M, M_PAD, BACKWARD), 1.0)
+    return left * entering(fades, flag, M, M_PAD, BACKWARD)
 
 
 @triton.jit

@@ -1,15 +1,17 @@
 """The kernels as a differentiable operator, for autograd and torch.compile.
 
 Imports torch only, so that tracing sees the operators before triton is loaded; the kernels are
-imported where they are launched.
+imported where they are launched. Registered piece by piece: what `custom_op` adds to a call takes
+longer than a kernel.
 """
 
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.library import infer_schema
 
-from gsa.ops.triton.sizes import CHUNK, Sizes
+from gsa.ops.triton.sizes import Sizes, number_dtype
 from gsa.ops.types import SlotActivation, SlotAttentionOutput
 
 MAX_SLOTS = 256
@@ -25,7 +27,6 @@ def unfit_for_triton(q: Tensor, log_forget: Tensor) -> str:
     return ""
 
 
-@torch.library.custom_op("gsa::triton_forward", mutates_args=())
 def triton_forward(
     q: Tensor,
     k: Tensor,
@@ -44,21 +45,19 @@ def triton_forward(
     """(output, final memory), then what the backward pass needs, empty where it is not kept:
     raw, own, lifted, fades, steep, starts, keys, values of `Kept` in `launch.py`."""
     from gsa.ops.triton import launch
-    from gsa.ops.triton.plan import Plan
 
     if initial_memory is not None:
         initial_memory = initial_memory.contiguous()
-    plan = Plan.of(q, k, v, log_forget, write, cu_seqlens)
     with torch.cuda.device_of(q):
-        output, memory, kept = launch.forward(
-            plan, initial_memory, scale, cast(SlotActivation, slot_activation), keep, keep_memories
-        )
+        output, memory, kept = launch.run_forward(
+            (q, k, v, log_forget, write, cu_seqlens), initial_memory, scale,
+            cast(SlotActivation, slot_activation), keep, keep_memories,
+        )  # fmt: skip
     parts = (None,) * 8 if kept is None else (*kept[:2], *kept.gates, *kept[3:])
     filled = (q.new_empty(0) if part is None else part for part in parts)
     return output, memory, *filled  # pyright: ignore[reportReturnType]
 
 
-@triton_forward.register_fake
 def triton_forward_fake(
     q, k, v, log_forget, write, initial_memory, cu_seqlens, scale, slot_activation, keep,
     keep_memories,
@@ -66,16 +65,16 @@ def triton_forward_fake(
     from gsa.ops.triton.plan import operand_dtype
 
     n = Sizes.of(q, k, v, log_forget, cu_seqlens)
-    operand, fp32 = operand_dtype(q.dtype), torch.float32
+    operand, number = operand_dtype(q.dtype), number_dtype(q.dtype)
 
-    def empty(*shape: int, dtype: torch.dtype = fp32, wanted: bool = True) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype = number, wanted: bool = True) -> Tensor:
         return q.new_empty(shape, dtype=dtype) if wanted else q.new_empty(0)
 
-    chunks = n.spans(CHUNK)
+    chunks = n.spans(n.chunk)
     shots = keep and keep_memories and n.borders > 0
     return (
         q.new_empty(n.B, n.T, n.H, n.V),
-        empty(n.S, n.G, n.M, n.X),
+        empty(n.S, n.G, n.M, n.X, dtype=torch.float32),
         empty(n.tokens, n.H, n.M, wanted=keep),
         empty(n.tokens, n.H, wanted=keep),
         empty(n.tokens, n.G, n.M, dtype=operand, wanted=keep),
@@ -87,7 +86,6 @@ def triton_forward_fake(
     )
 
 
-@torch.library.custom_op("gsa::triton_backward", mutates_args=())
 def triton_backward(
     q: Tensor,
     k: Tensor,
@@ -105,15 +103,13 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (q, k, v, log_forget, write, initial_memory); empty for what is not given."""
     from gsa.ops.triton import launch
-    from gsa.ops.triton.plan import Plan
 
     raw, own, lifted, fades, steep, *rest = kept
     starts, keys, values = (x if x.numel() else None for x in rest)
     gates = launch.Gates(lifted, fades, steep)
-    plan = Plan.of(q, k, v, log_forget, write, cu_seqlens)
     with torch.cuda.device_of(q):
-        gradients = launch.backward(
-            plan,
+        gradients = launch.run_backward(
+            (q, k, v, log_forget, write, cu_seqlens),
             None if initial_memory is None else initial_memory.contiguous(),
             memory.contiguous(),
             launch.Kept(raw, own, gates, starts, keys, values),
@@ -126,39 +122,62 @@ def triton_backward(
     return tuple(filled)  # pyright: ignore[reportReturnType]
 
 
-@triton_backward.register_fake
 def triton_backward_fake(
     q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, kept, d_output, d_memory, scale,
     slot_activation,
 ):  # fmt: skip
-    given = (q, k, v, log_forget, write)
-    gradients = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
-    d_initial = q.new_empty(0) if initial_memory is None else memory.new_empty(memory.shape)
-    return (*gradients, d_initial)
+    given = (q, k, v, log_forget, write, initial_memory)
+    gradients = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+    return tuple(gradients)
 
 
-def remember(ctx, inputs, output) -> None:
-    *tensors, scale, slot_activation, _, _ = inputs
-    _, memory, *kept = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*kept)
-    ctx.save_for_backward(*tensors, memory, *kept)
-    ctx.options = (scale, slot_activation)
+for name, function, fake in (
+    ("gsa::triton_forward", triton_forward, triton_forward_fake),
+    ("gsa::triton_backward", triton_backward, triton_backward_fake),
+):
+    schema = infer_schema(function, mutates_args=())
+    torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "default", function)
+    torch.library.register_fake(name, fake)
 
 
-def backward(ctx, d_output, d_memory, *_):
-    q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, *kept = ctx.saved_tensors
-    inputs = (q, k, v, log_forget, write, initial_memory)
-    if d_output is None:
-        d_output = q.new_zeros(*q.shape[:3], v.shape[3])
-    gradients = triton_backward(
-        *inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options
-    )  # fmt: skip
-    needed = zip(gradients, ctx.needs_input_grad, strict=False)
-    return *(gradient if need else None for gradient, need in needed), None, None, None, None, None
+class Attention(torch.autograd.Function):
+    """`triton_forward` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.gsa.triton_forward.default(*inputs)
+        *tensors, scale, slot_activation, _, _ = inputs
+        _, memory, *kept = outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*tensors, memory, *kept)
+        ctx.options = (scale, slot_activation)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, d_output, d_memory, *_):
+        q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, *kept = ctx.saved_tensors
+        inputs = (q, k, v, log_forget, write, initial_memory)
+        if d_output is None:
+            d_output = q.new_zeros(*q.shape[:3], v.shape[3])
+        gradients = torch.ops.gsa.triton_backward.default(
+            *inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options
+        )
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
+        found = (gradient if need else None for gradient, need in needed)
+        return *found, None, None, None, None, None
 
 
-triton_forward.register_autograd(backward, setup_context=remember)
+def forward_and_remember(*inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return Attention.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.gsa.triton_forward.default(*inputs)
+
+
+torch.library.impl("gsa::triton_forward", "Autograd", forward_and_remember)
 
 
 def triton_attention(
@@ -176,7 +195,7 @@ def triton_attention(
     """`reference_attention` by Triton kernels."""
     floating = (q, k, v, log_forget, write, initial_memory)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floating)
-    output, memory, *_ = triton_forward(
+    output, memory, *_ = torch.ops.gsa.triton_forward.default(
         q, k, v, log_forget, write, initial_memory, cu_seqlens, float(scale), slot_activation, keep,
         not recompute,
     )  # fmt: skip

@@ -4,9 +4,8 @@
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportReturnType=false
 
-from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,16 +13,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gsa.ops.triton import common
-from gsa.ops.triton.sizes import CHUNK, SNAPSHOT, Sizes
-
-INTERPRETED = not isinstance(common.plan_kernel, triton.JITFunction)
-"""Whether kernels run on the CPU in Triton's interpreter, which cannot multiply bf16."""
+from gsa.ops.triton import common, table
+from gsa.ops.triton.program import INTERPRETED, Launcher, Programs, launch_any
+from gsa.ops.triton.sizes import Sizes, number_dtype
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of factors that hold decays: bf16's range is needed, fp16's precision too."""
-    return torch.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+    if dtype == torch.bfloat16 and not INTERPRETED:  # the interpreter cannot multiply bf16
+        return torch.bfloat16
+    return number_dtype(dtype)
 
 
 class Tile(NamedTuple):
@@ -34,7 +33,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-STAGES = {"contract": 3, "expand": 4, "write_back": 3, "scan": 3}
+STAGES = {"contract": 3, "expand": 3, "write_back": 3, "scan": 3}
 """Pipeline stages that were the fastest on an H100, where shared memory allows them."""
 
 TILES = {"contract": (2, 1), "expand": (1, 2), "write_back": (1, 1), "scan": (0, 0)}
@@ -42,6 +41,9 @@ TILES = {"contract": (2, 1), "expand": (1, 2), "write_back": (1, 1), "scan": (0,
 
 HEAD_TILES = {"contract": 0, "expand": 0, "write_back": 1, "scan": 1}
 """Pairs of tiles that a stage loads for every query head of a group."""
+
+MEMORY_NUMBERS = {torch.bfloat16: 8192, torch.float16: 2048, torch.float32: 4096}
+"""What a program holds of the memory, in registers."""
 
 
 def walk_tile(
@@ -54,19 +56,20 @@ def walk_tile(
     """
     padded = max(16, triton.next_power_of_2(slots))
     low = dtype == torch.bfloat16
-    most = 128 if low else 32
+    most = {torch.bfloat16: 128, torch.float16: 32, torch.float32: 64}[dtype]
     if low and (kernel == "expand" or (HEAD_TILES[kernel] and heads > 1)):
         most = 64
-    block = max(16, min(most, (8192 if low else 2048) // padded, triton.next_power_of_2(width)))
+    columns = min(most, MEMORY_NUMBERS[dtype] // padded, triton.next_power_of_2(width))
+    block, warps = max(16, columns), 8 if dtype == torch.float32 else 4
     if not low or heads * HEAD_TILES[kernel] > 4:
-        return Tile(block, 4, 1)
+        return Tile(block, warps, 1)
     columns, rows = (n + heads * HEAD_TILES[kernel] for n in TILES[kernel])
     while True:
-        stage = 2 * CHUNK * (columns * block + rows * padded)
-        beside = 4 * padded * block + 4 * CHUNK * max(padded, block)  # results on their way out
+        stage = 2 * 64 * (columns * block + rows * padded)
+        beside = 4 * padded * block + 4 * 64 * max(padded, block)  # results on their way out
         stages = (shared - beside) // stage
         if stages > 0 or block == 16:
-            return Tile(block, 4, max(1, min(stages, STAGES[kernel])))
+            return Tile(block, warps, max(1, min(stages, STAGES[kernel])))
         block //= 2
 
 
@@ -78,43 +81,130 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
-@dataclass
+class Recipe:
+    """What is the same for all calls of a kind, whatever their B and T; made once: see `of`."""
+
+    def __init__(self, kind: "Kind"):
+        self.kind = kind
+        self.chunk, self.slots = kind.chunk, max(16, triton.next_power_of_2(kind.M))
+        dtype = kind.dtype
+        self.number_dtype, self.operand_dtype = number_dtype(dtype), operand_dtype(dtype)
+        self.number = tl.float64 if dtype == torch.float32 else tl.float32
+        self.operand = tl.bfloat16 if self.operand_dtype == torch.bfloat16 else self.number
+        self.factor = tl.float16 if dtype == torch.float16 else self.operand
+        # For fp16's factors, in fp32: a product in TF32 cuts them off, always towards zero.
+        self.precision = "tf32x3"
+        self.warps = 8 if dtype == torch.float32 else 4
+        self.programs = Programs()
+        self.tile = cache(self._tile)
+        self.walk = cache(self._walk)
+
+    @property
+    def common(self) -> dict[str, object]:
+        n = self.kind
+        return dict(
+            G=n.G, M=n.M, C=self.chunk, M_PAD=self.slots, NUMBER=self.number,
+            PACKED=n.bounds_dtype is not None,
+        )  # fmt: skip
+
+    def _tile(self, kernel: str, width: int) -> Tile:
+        """What was measured for such a device and sizes, else the formula's."""
+        n = self.kind
+        R = n.H // n.G
+        if known := table.find(n.device, kernel, n.dtype, width, self.slots, R):
+            return Tile(*known)
+        return walk_tile(kernel, width, n.M, R, n.dtype, shared_memory(n.device))
+
+    def _walk(self, kernel: str, width: int, column: int) -> dict[str, object]:
+        """Compile-time parameters of a walking kernel over `width` columns from `column` on."""
+        block, warps, stages = self.tile(kernel, width)
+        return self.common | dict(
+            H=self.kind.H, W=width, X=self.kind.K + self.kind.V, COLUMN=column,
+            UNIT=self.kind.unit, SNAPSHOT=self.kind.span, BLOCK=block, OPERAND=self.operand,
+            PRECISION=self.precision, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def walk_both(self, kernel: str) -> dict[str, object]:
+        """Those of a kernel that walks keys and values in one launch."""
+        n = self.kind
+        keys, values = self.tile(kernel, n.K), self.tile(kernel, n.V)
+        return self.common | dict(
+            K=n.K, V=n.V, UNIT=n.unit, KEY_BLOCK=keys.block, VALUE_BLOCK=values.block,
+            OPERAND=self.operand, PRECISION=self.precision,
+            num_warps=max(keys.warps, values.warps), num_stages=min(keys.stages, values.stages),
+        )  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What kernels are compiled for."""
+
+    edition: int  # of the launch table
+    device: torch.device
+    dtype: torch.dtype
+    gate_dtype: torch.dtype
+    write_dtype: torch.dtype | None
+    bounds_dtype: torch.dtype | None  # None if not packed
+    H: int
+    G: int
+    K: int
+    V: int
+    M: int
+    chunk: int
+    span: int
+    unit: int
+
+
+recipe_of = cache(Recipe)
+
+
 class Plan:
     """One call: its inputs, sizes, and for packed sequences who owns which span of tokens."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_forget: Tensor
-    write: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def __post_init__(self) -> None:
-        n = self.sizes = Sizes.of(self.q, self.k, self.v, self.log_forget, self.cu_seqlens)
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_forget: Tensor,
+        write: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ):
+        """Gates in one piece; keys, values and queries may keep their strides (`token_rows`)."""
+        self.q, self.k, self.v, self.cu_seqlens = q, k, v, cu_seqlens
+        self.log_forget = log_forget.contiguous()
+        self.write = None if write is None else write.contiguous()
+        n = self.sizes = Sizes.of(q, k, v, log_forget, cu_seqlens)
         self.B, self.T, self.H, self.G, self.K, self.V, self.M = n.B, n.T, n.H, n.G, n.K, n.V, n.M
         self.X, self.tokens, self.sequences, self.packed = n.X, n.tokens, n.S, n.packed
-        self.unit, self.units = n.unit, n.spans(n.unit)
-        self.chunks, self.spans = n.spans(CHUNK), n.spans(SNAPSHOT)
-        self.operand_dtype = operand_dtype(self.q.dtype)
-        self.operand = tl.bfloat16 if self.operand_dtype == torch.bfloat16 else tl.float32
-        self.factor = tl.float16 if self.q.dtype == torch.float16 else self.operand
-        # Rounding factors to TF32 once leaves fp16's 11 bits, three products in TF32 leave fp32's.
-        # (Of many slots, Triton 3.6 does not fit the former into shared memory.)
-        once = self.q.dtype == torch.float16 and self.M <= 128
-        self.precision = "tf32" if once else "tf32x3"
-        # Token by token the memory is rounded 64 times a chunk; fp32's error budget grants one.
-        self.wide = tl.float64 if self.q.dtype == torch.float32 else tl.float32
-        self.slots = max(16, triton.next_power_of_2(self.M))
-        self.gate = dict(
-            G=self.G, M=self.M, C=CHUNK, EXACT=self.q.dtype == torch.float32, PACKED=self.packed
+        self.units, self.chunks, self.spans = n.spans(n.unit), n.spans(n.chunk), n.spans(n.span)
+        dtypes = (x if x is None else x.dtype for x in (log_forget, write, cu_seqlens))
+        kind = Kind(
+            table.edition(),
+            q.device,
+            q.dtype,
+            *dtypes,
+            n.H,
+            n.G,
+            n.K,
+            n.V,
+            n.M,
+            n.chunk,
+            n.span,
+            n.unit,
         )
+        self.recipe: Recipe = recipe_of(kind)
+        self.launch: Launcher = launch_any
 
-    @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, write: Tensor | None,
-           cu_seqlens: Tensor | None) -> "Plan":  # fmt: skip
-        """Gates in one piece; keys, values and queries may keep their strides (`token_rows`)."""
-        write = None if write is None else write.contiguous()
-        return Plan(q, k, v, log_forget.contiguous(), write, cu_seqlens)
+    def sketch(self, launch: Launcher) -> "Plan":
+        """The same call without memory: tensors on the meta device, for `launch` to look at."""
+        tokens = (self.q, self.k, self.v, self.log_forget, self.write, self.cu_seqlens)
+        found = Plan(*(without_memory(x) for x in tokens))
+        found.recipe, found.launch = self.recipe, launch
+        return found
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uninitialised, in the dtype of sums if none is given."""
+        return torch.empty(shape, dtype=dtype or self.recipe.number_dtype, device=self.q.device)
 
     @cached_property
     def bounds(self) -> Tensor:
@@ -125,58 +215,54 @@ class Plan:
     def owners(self, length: int) -> Tensor:
         if not self.packed:
             return self.q
-        count = self.sizes.spans(length)
-        owners = self.q.new_empty(count, dtype=torch.int32)
-        common.plan_kernel[(triton.cdiv(count, 128),)](
-            owners, self.bounds, self.sequences, count, LENGTH=length, BLOCK=128
-        )
+        count, block = self.sizes.spans(length), 128
+        owners = self.new(count, dtype=torch.int32)
+        self.launch(
+            ("plan", length), common.plan_kernel, -(-count // block),
+            (owners, self.bounds, self.sequences, count),
+            lambda: dict(LENGTH=length, BLOCK=block),
+        )  # fmt: skip
         return owners
 
     @cached_property
     def unit_owners(self) -> Tensor:
-        return self.owners(self.unit)
+        return self.owners(self.sizes.unit)
 
     @cached_property
     def chunk_owners(self) -> Tensor:
-        return self.owners(CHUNK)
+        return self.owners(self.sizes.chunk)
 
     @cached_property
     def span_owners(self) -> Tensor:
-        return self.owners(SNAPSHOT)
+        return self.owners(self.sizes.span)
 
     def tiles(self, x: Tensor, heads: int, width: int, stride: int, block: int,
               parts: int = 1) -> TensorDescriptor | None:  # fmt: skip
         """Chunks of x [parts · tokens, heads, width] as a descriptor."""
         shape = (parts * self.B, heads, self.T, width)
-        return descriptor(x, shape, (self.T * stride, width, stride), (CHUNK, block))
+        rows = (self.T * stride, width, stride)
+        return descriptor(x, shape, rows, (self.recipe.chunk, block))
 
-    def snapshot_tiles(
-        self, snapshots: Tensor | None, options: dict[str, Any]
-    ) -> TensorDescriptor | None:
+    def snapshot_tiles(self, snapshots: Tensor | None, block: int) -> TensorDescriptor | None:
         """Memories [borders, G, M, width] as a descriptor."""
         if snapshots is None:
             return None
         borders, G, M, width = snapshots.shape
         shape, strides = (1, borders * G, M, width), (snapshots.numel(), M * width, width)
-        return descriptor(snapshots, shape, strides, (options["M_PAD"], options["BLOCK"]))
+        return descriptor(snapshots, shape, strides, (self.recipe.slots, block))
 
-    def tile(self, kernel: str, width: int) -> Tile:
-        R, shared = self.H // self.G, shared_memory(self.q.device)
-        return walk_tile(kernel, width, self.M, R, self.q.dtype, shared)
 
-    def walk(self, kernel: str, width: int, column: int) -> dict[str, Any]:
-        """Compile-time parameters of a walking kernel over `width` columns from `column` on."""
-        tile = self.tile(kernel, width)
-        return dict(
-            G=self.G, M=self.M, W=width, X=self.X, COLUMN=column, C=CHUNK, UNIT=self.unit,
-            M_PAD=self.slots, BLOCK=tile.block, OPERAND=self.operand, PRECISION=self.precision,
-            PACKED=self.packed, WIDE=self.wide, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+def without_memory(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.empty_strided(
+        x.shape, x.stride(), dtype=x.dtype, device="meta"
+    )  # fmt: skip
 
 
 def token_rows(x: Tensor) -> tuple[Tensor, int]:
     """(x with [heads, width] together and rows evenly apart, elements from row to row)."""
     B, T, heads, width = x.shape
+    if x.is_contiguous():
+        return x, heads * width
     step = x.stride(1) if T > 1 else (x.stride(0) if B > 1 else heads * width)
     together = (width == 1 or x.stride(3) == 1) and (heads == 1 or x.stride(2) == width)
     even = B == 1 or T <= 1 or x.stride(0) == T * step
@@ -185,17 +271,25 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
+class CheckedDescriptor(TensorDescriptor):
+    """A descriptor that `descriptor` has looked at, which Triton need not do again."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def descriptor(x: Tensor, shape: tuple[int, int, int, int], strides: tuple[int, int, int],
                block: tuple[int, int]) -> TensorDescriptor | None:  # fmt: skip
     """x as [rows, heads, tokens, width] in blocks of tokens × width; the last stride is 1.
 
     None where the copy engine cannot take it: it wants multiples of 16 bytes.
     """
-    unit = 16 // x.element_size()
-    if x.data_ptr() % 16 or min(shape) < 1 or any(step % unit for step in strides):
+    mask = 16 // x.element_size() - 1
+    a, b, c = strides
+    if x.data_ptr() & 15 or (a | b | c) & mask or 0 in shape:
         return None
-    return TensorDescriptor(x, list(shape), [*strides, 1], [1, 1, *block])
+    return CheckedDescriptor(x, list(shape), [a, b, c, 1], [1, 1, *block])
 
 
 def all_or_none(*tiles: TensorDescriptor | None) -> tuple[TensorDescriptor | None, ...]:
-    return tiles if all(tile is not None for tile in tiles) else (None,) * len(tiles)
+    return (None,) * len(tiles) if None in tiles else tiles

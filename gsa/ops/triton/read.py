@@ -19,12 +19,17 @@ import triton.language as tl
 
 from gsa.ops.triton.common import find_span, span_number
 from gsa.ops.triton.memory import (
+    add_product,
     border_memory,
+    entering,
+    even_stride,
     is_border,
-    load_fades,
+    leaving,
     load_rows,
     load_tile,
     next_steep,
+    passing,
+    product,
     snapshot_row,
     store_memory,
     store_rows,
@@ -33,22 +38,24 @@ from gsa.ops.triton.memory import (
 
 
 @triton.jit
-def contract_chunk(x_CW, y_CW, lifted_CM, memory, fade_in, fade_out, FACTOR: tl.constexpr,
-                   OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """(scores against other tokens [C, M], x · y of each token [C], the memory after the chunk)."""
+def contract_chunk(x_CW, y_CW, lifted_CM, memory, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """(scores against other tokens [C, M], x · y of each token [C], the memory after the chunk).
+
+    memory: before the chunk, times exp(S); it comes back without exp(G_C - S).
+    """
     C: tl.constexpr = x_CW.shape[0]
     rows = tl.arange(0, C)
-    inside = tl.dot(x_CW.to(FACTOR), tl.trans(y_CW.to(FACTOR)), input_precision=PRECISION)
+    inside = product(x_CW.to(FACTOR), tl.trans(y_CW.to(FACTOR)), memory.dtype, PRECISION)
     own = tl.sum(tl.where(rows[:, None] == rows[None, :], inside, 0.0), 1)
     inside = tl.where(rows[:, None] > rows[None, :], inside, 0.0).to(OPERAND)
-    memory *= fade_in[:, None]
-    score = tl.dot(x_CW.to(OPERAND), tl.trans(memory.to(OPERAND)), input_precision=PRECISION)
-    score = tl.dot(inside, lifted_CM, score, input_precision=PRECISION)
-    memory = tl.dot(tl.trans(lifted_CM), y_CW.to(OPERAND), memory, input_precision=PRECISION)
-    return score, own, memory * fade_out[:, None]
+    score = product(x_CW.to(OPERAND), tl.trans(memory.to(OPERAND)), memory.dtype, PRECISION)
+    score = add_product(score, inside, lifted_CM, PRECISION)
+    memory = add_product(memory, tl.trans(lifted_CM), y_CW.to(OPERAND), PRECISION)
+    return score, own, memory
 
 
-@triton.jit(do_not_specialize=["tokens", "batch"])
+@triton.jit(do_not_specialize=["tokens", "batch", "x_stride", "y_stride"])
 def contract_kernel(
     x,  # [tokens, H, W] queries or d output, rows x_stride apart
     y,  # [tokens, G, W] keys or values, rows y_stride apart
@@ -56,14 +63,14 @@ def contract_kernel(
     fades, steep_flags,  # [chunks, G, 2, M], [chunks, G]
     initial, starts, final,  # memories [sequences or units, G, M, X]
     snapshots,  # out [borders, G, M, W]
-    raw,  # out [slices, tokens, H, M] fp32: scores against other tokens, without `grow`
-    own,  # out [slices, tokens, H] fp32: x · y of each token
+    raw,  # out [slices, tokens, H, M]: scores against other tokens, without `grow`
+    own,  # out [slices, tokens, H]: x · y of each token
     x_tiles, y_tiles, lifted_tiles, raw_tiles, snapshot_tiles,  # the same, as descriptors
     owners, bounds, tokens, batch, x_stride, y_stride,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """raw_i = memory before the chunk · x_i + Σ_{j<i} (x_i · y_j) lifted_j, own_i = x_i · y_i.
 
@@ -80,10 +87,13 @@ def contract_kernel(
     wanted, present = cols < W, slots < M
     chunk = span_number(owner, begin, start, tokens, C, PACKED)
     memory = border_memory(starts, initial, (start == begin) | (count == 0), unit * G + group,
-                           owner * G + group, X, M, COLUMN + cols, wanted, M_PAD)  # fmt: skip
+                           owner * G + group, X, M, COLUMN + cols, wanted, M_PAD,
+                           NUMBER)  # fmt: skip
     row = 0 if PACKED else owner
     origin = 0 if PACKED else begin
     whole = 0 if x_tiles is None else (size // C if PACKED else count)
+    if x_tiles is not None:
+        x_stride, y_stride = even_stride(x, x_stride), even_stride(y, y_stride)
     x += head * W
     y += group * W
     own += part.to(tl.int64) * batch * tokens * H + head
@@ -97,9 +107,11 @@ def contract_kernel(
                 x_CW = load_tile(x_tiles, row, head, place, part * BLOCK, C, BLOCK)
                 y_CW = load_tile(y_tiles, row, group, place, part * BLOCK, C, BLOCK)
                 lifted_CM = load_tile(lifted_tiles, row, group, place, 0, C, M_PAD)
-                fade_in, fade_out = load_fades(fades, (chunk + i) * G + group, M, M_PAD)
+                flag = (chunk + i) * G + group
+                before = (chunk + tl.maximum(i - 1, position)) * G + group
+                memory *= passing(fades, flag, before, i > position, M, M_PAD)[:, None]
                 score, same, memory = contract_chunk(
-                    x_CW, y_CW, lifted_CM, memory, fade_in, fade_out, FACTOR, OPERAND, PRECISION
+                    x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND, PRECISION
                 )
                 store_tile(raw_tiles, score, part * batch + row, head, place, 0, C, M_PAD)
                 tl.store(own + (first + rows) * H, same, mask=first + rows < stop)
@@ -107,32 +119,37 @@ def contract_kernel(
                     if leads & is_border(i, first, end, C, SNAPSHOT):
                         border = snapshot_row(owner, begin, first, tokens, group, G, C, SNAPSHOT,
                                               PACKED)  # fmt: skip
-                        store_tile(snapshot_tiles, memory, 0, border, 0, part * BLOCK, M_PAD, BLOCK)
-        position = tl.maximum(position, tl.minimum(steep, whole))
+                        fade_out = leaving(fades, flag, M, M_PAD)
+                        store_tile(snapshot_tiles, memory * fade_out[:, None], 0, border, 0,
+                                   part * BLOCK, M_PAD, BLOCK)  # fmt: skip
+            if position < tl.minimum(steep, whole):
+                position = tl.minimum(steep, whole)
+                fade_out = leaving(fades, (chunk + position - 1) * G + group, M, M_PAD)
+                memory *= fade_out[:, None]
         if position < count:
             first = start + position * C
             if position == steep:
-                wide = memory.to(WIDE)
                 for t in range(first, tl.minimum(first + C, stop)):
-                    x_W = tl.load(x + t * x_stride + cols, mask=wanted, other=0.0).to(WIDE)
-                    y_W = tl.load(y + t * y_stride + cols, mask=wanted, other=0.0).to(WIDE)
+                    x_W = tl.load(x + t * x_stride + cols, mask=wanted, other=0.0).to(NUMBER)
+                    y_W = tl.load(y + t * y_stride + cols, mask=wanted, other=0.0).to(NUMBER)
                     gate_row = (t * G + group) * M + slots
-                    log_f = tl.load(log_forget + gate_row, mask=present, other=0.0).to(WIDE)
-                    w = tl.load(lifted + gate_row, mask=present, other=0.0).to(WIDE)
-                    wide *= tl.exp(log_f)[:, None]
+                    log_f = tl.load(log_forget + gate_row, mask=present, other=0.0).to(NUMBER)
+                    w = tl.load(lifted + gate_row, mask=present, other=0.0).to(NUMBER)
+                    memory *= tl.exp(log_f)[:, None]
                     score_row = ((part.to(tl.int64) * batch * tokens + t) * H + head) * M + slots
-                    tl.store(raw + score_row, tl.sum(wide * x_W[None, :], 1), mask=present)
+                    tl.store(raw + score_row, tl.sum(memory * x_W[None, :], 1), mask=present)
                     tl.store(own + t * H, tl.sum(x_W * y_W, 0))
-                    wide += w[:, None] * y_W[None, :]
-                memory = wide.to(tl.float32)
+                    memory += w[:, None] * y_W[None, :]
             else:
                 x_CW = load_rows(x, x_stride, first, stop, cols, wanted, C)
                 y_CW = load_rows(y, y_stride, first, stop, cols, wanted, C)
                 lifted_CM = load_rows(lifted + group * M, G * M, first, stop, slots, present, C)
-                fade_in, fade_out = load_fades(fades, (chunk + position) * G + group, M, M_PAD)
+                flag = (chunk + position) * G + group
+                memory *= entering(fades, flag, M, M_PAD)[:, None]
                 score, same, memory = contract_chunk(
-                    x_CW, y_CW, lifted_CM, memory, fade_in, fade_out, FACTOR, OPERAND, PRECISION
+                    x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND, PRECISION
                 )
+                memory *= leaving(fades, flag, M, M_PAD)[:, None]
                 part_raw = raw + (part.to(tl.int64) * batch * tokens * H + head) * M
                 store_rows(part_raw, score, H * M, first, stop, slots, present, C)
                 tl.store(own + (first + rows) * H, same, mask=first + rows < stop)
@@ -148,30 +165,30 @@ def contract_kernel(
 
 
 @triton.jit
-def expand_chunk(z_CM, y_CW, lifted_CM, memory, fade_in, fade_out, careful,
-                 OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def expand_chunk(z_CM, y_CW, lifted_CM, memory, careful, OPERAND: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """(what a chunk reads [C, W], the memory after it).
 
+    memory: before the chunk, times exp(S); it comes back without exp(G_C - S).
     careful: zeros above the diagonal times a NaN or infinity of y are NaN, in tokens before it.
     Such values are then left out of the product, and the tokens from them on are made NaN.
     """
     C: tl.constexpr = z_CM.shape[0]
     rows = tl.arange(0, C)
-    mix = tl.dot(z_CM, tl.trans(lifted_CM), input_precision=PRECISION)
+    mix = product(z_CM, tl.trans(lifted_CM), memory.dtype, PRECISION)
     mix = tl.where(rows[:, None] >= rows[None, :], mix, 0.0).to(OPERAND)
     y_CW = y_CW.to(OPERAND)
-    memory *= fade_in[:, None]
-    read = tl.dot(z_CM, memory.to(OPERAND), input_precision=PRECISION)
-    after = tl.dot(tl.trans(lifted_CM), y_CW, memory, input_precision=PRECISION)
+    read = product(z_CM, memory.to(OPERAND), memory.dtype, PRECISION)
+    after = add_product(memory, tl.trans(lifted_CM), y_CW, PRECISION)
     if careful:
-        broken = tl.where(tl.abs(y_CW.to(tl.float32)) < float("inf"), 0, 1)
+        broken = tl.where(tl.abs(y_CW.to(memory.dtype)) < float("inf"), 0, 1)
         y_CW = tl.where(broken == 0, y_CW, 0.0).to(OPERAND)
         read = tl.where(tl.cumsum(broken, 0) > 0, float("nan"), read)
-    read = tl.dot(mix, y_CW, read, input_precision=PRECISION)
-    return read, after * fade_out[:, None]
+    read = add_product(read, mix, y_CW, PRECISION)
+    return read, after
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "y_stride"])
 def expand_kernel(
     z,  # [tokens, H, M] read weights or d scores, times `grow`
     y,  # [tokens, G, W] values or keys, rows y_stride apart
@@ -185,7 +202,7 @@ def expand_kernel(
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """out_i = z_i · memory before the chunk + Σ_{j<=i} (z_i · lifted_j) y_j.
 
@@ -204,14 +221,17 @@ def expand_kernel(
     chunk = span_number(owner, begin, start, tokens, C, PACKED)
     row = 0 if PACKED else owner
     origin = 0 if PACKED else begin
+    if y_tiles is not None:
+        y_stride = even_stride(y, y_stride)
     y += group * W
     z += head * M
     out += head * W
-    memory = tl.zeros([M_PAD, BLOCK], tl.float32)
+    memory = tl.zeros([M_PAD, BLOCK], NUMBER)
     careful = 0
     while careful < 2:
         memory = border_memory(starts, initial, (start == begin) | (count == 0), unit * G + group,
-                               owner * G + group, X, M, COLUMN + cols, wanted, M_PAD)  # fmt: skip
+                               owner * G + group, X, M, COLUMN + cols, wanted, M_PAD,
+                               NUMBER)  # fmt: skip
         whole = 0 if y_tiles is None else (size // C if PACKED else count)
         whole = tl.where(careful == 0, whole, 0)
         position = 0
@@ -224,39 +244,45 @@ def expand_kernel(
                     y_CW = load_tile(y_tiles, row, group, place, part * BLOCK, C, BLOCK)
                     z_CM = load_tile(z_tiles, row, head, place, 0, C, M_PAD)
                     lifted_CM = load_tile(lifted_tiles, row, group, place, 0, C, M_PAD)
-                    fade_in, fade_out = load_fades(fades, (chunk + i) * G + group, M, M_PAD)
-                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, fade_in, fade_out,
-                                                False, OPERAND, PRECISION)  # fmt: skip
+                    flag = (chunk + i) * G + group
+                    before = (chunk + tl.maximum(i - 1, position)) * G + group
+                    memory *= passing(fades, flag, before, i > position, M, M_PAD)[:, None]
+                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, False, OPERAND,
+                                                PRECISION)  # fmt: skip
                     store_tile(out_tiles, read, row, head, place, part * BLOCK, C, BLOCK)
                     if snapshots is not None:
                         if leads & is_border(i, first, end, C, SNAPSHOT):
                             border = snapshot_row(owner, begin, first, tokens, group, G, C,
                                                   SNAPSHOT, PACKED)  # fmt: skip
-                            store_tile(snapshot_tiles, memory, 0, border, 0, part * BLOCK, M_PAD,
-                                       BLOCK)  # fmt: skip
-            position = tl.maximum(position, tl.minimum(steep, whole))
+                            fade_out = leaving(fades, flag, M, M_PAD)
+                            store_tile(snapshot_tiles, memory * fade_out[:, None], 0, border, 0,
+                                       part * BLOCK, M_PAD, BLOCK)  # fmt: skip
+                if position < tl.minimum(steep, whole):
+                    position = tl.minimum(steep, whole)
+                    fade_out = leaving(fades, (chunk + position - 1) * G + group, M, M_PAD)
+                    memory *= fade_out[:, None]
             if position < count:
                 first = start + position * C
                 if position == steep:
-                    wide = memory.to(WIDE)
                     for t in range(first, tl.minimum(first + C, stop)):
                         y_W = tl.load(y + t * y_stride + cols, mask=wanted, other=0.0)
                         gate_row = (t * G + group) * M + slots
                         log_f = tl.load(log_forget + gate_row, mask=present, other=0.0)
-                        w = tl.load(lifted + gate_row, mask=present, other=0.0).to(WIDE)
+                        w = tl.load(lifted + gate_row, mask=present, other=0.0).to(NUMBER)
                         z_M = tl.load(z + t * (H * M) + slots, mask=present, other=0.0)
-                        wide *= tl.exp(log_f.to(WIDE))[:, None]
-                        wide += w[:, None] * y_W.to(WIDE)[None, :]
-                        read_W = tl.sum(z_M.to(WIDE)[:, None] * wide, 0)
+                        memory *= tl.exp(log_f.to(NUMBER))[:, None]
+                        memory += w[:, None] * y_W.to(NUMBER)[None, :]
+                        read_W = tl.sum(z_M.to(NUMBER)[:, None] * memory, 0)
                         tl.store(out + t * (H * W) + cols, read_W, mask=wanted)
-                    memory = wide.to(tl.float32)
                 else:
                     y_CW = load_rows(y, y_stride, first, stop, cols, wanted, C)
                     z_CM = load_rows(z, H * M, first, stop, slots, present, C)
                     lifted_CM = load_rows(lifted + group * M, G * M, first, stop, slots, present, C)
-                    fade_in, fade_out = load_fades(fades, (chunk + position) * G + group, M, M_PAD)
-                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, fade_in, fade_out,
-                                                careful > 0, OPERAND, PRECISION)  # fmt: skip
+                    flag = (chunk + position) * G + group
+                    memory *= entering(fades, flag, M, M_PAD)[:, None]
+                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, careful > 0, OPERAND,
+                                                PRECISION)  # fmt: skip
+                    memory *= leaving(fades, flag, M, M_PAD)[:, None]
                     store_rows(out, read, H * W, first, stop, cols, wanted, C)
                 if snapshots is not None:
                     if leads & is_border(position, first, end, C, SNAPSHOT):

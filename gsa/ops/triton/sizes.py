@@ -6,13 +6,28 @@ exactly like the row alone.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-CHUNK = 64
-"""Tokens per chunk."""
 
-SNAPSHOT = 256
-"""Tokens from one memory that the backward pass looks at to the next."""
+def number_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, decays and the memory on chip, for q's: fp32's is fp64.
+
+    d log f is a sum of differences, and a memory is rounded once a chunk. In fp32 that would show.
+    """
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def chunk_tokens(dtype: torch.dtype, M: int) -> int:
+    """Tokens that are multiplied with each other as one tile; fewer where tiles are of fp64."""
+    if dtype == torch.float32:
+        return 32 if M <= 64 else 16
+    return 64
+
+
+def span_tokens() -> int:
+    """Tokens from one memory that the backward pass looks at to the next."""
+    return 512
 
 
 def segment_tokens(packed: bool) -> int:
@@ -34,11 +49,14 @@ class Sizes:
     M: int
     S: int
     packed: bool
+    chunk: int
+    span: int
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu: Tensor | None) -> "Sizes":
         (B, T, H, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
-        return Sizes(B, T, H, G, K, V, M, B if cu is None else cu.shape[0] - 1, cu is not None)
+        S, chunk = B if cu is None else cu.shape[0] - 1, chunk_tokens(q.dtype, M)
+        return Sizes(B, T, H, G, K, V, M, S, cu is not None, chunk, span_tokens())
 
     @property
     def X(self) -> int:
@@ -65,5 +83,5 @@ class Sizes:
 
     @property
     def borders(self) -> int:
-        """Memories kept within sequences, every SNAPSHOT tokens."""
-        return self.B * (self.T // SNAPSHOT)
+        """Memories kept within sequences, every `span` tokens."""
+        return self.B * (self.T // self.span)
