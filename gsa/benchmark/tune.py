@@ -122,11 +122,11 @@ class Tuner:
                 )
 
     def launches(self, default: Row, case: Case, settled: Sequence[Row]) -> list[Row]:
-        """What to try. `write_back` takes its warps from the side of the keys."""
+        """What to try. Who walks both sides in one launch takes its warps from that of the keys."""
         from gsa.benchmark.tiles import candidates
 
         found = candidates(default, self.shared)
-        if default.kernel != "write_back" or default.width == case.K:
+        if default.kernel not in ("write_back", "scan") or default.width == case.K:
             return found
         keys = default._replace(width=case.K)
         warps = next((row.warps for row in settled if row.key == keys.key), default.warps)

@@ -85,6 +85,7 @@ class Recipe:
     """What is the same for all calls of a kind, whatever their B and T; made once: see `of`."""
 
     def __init__(self, kind: "Kind"):
+        assert kind.unit % kind.span == 0 and kind.span % kind.chunk == 0, kind
         self.kind = kind
         self.chunk, self.slots = kind.chunk, max(16, triton.next_power_of_2(kind.M))
         dtype = kind.dtype
@@ -131,7 +132,7 @@ class Recipe:
         return self.common | dict(
             K=n.K, V=n.V, UNIT=n.unit, KEY_BLOCK=keys.block, VALUE_BLOCK=values.block,
             OPERAND=self.operand, PRECISION=self.precision,
-            num_warps=max(keys.warps, values.warps), num_stages=min(keys.stages, values.stages),
+            num_warps=keys.warps, num_stages=min(keys.stages, values.stages),
         )  # fmt: skip
 
 
@@ -194,6 +195,8 @@ class Plan:
         )
         self.recipe: Recipe = recipe_of(kind)
         self.launch: Launcher = launch_any
+        if not self.packed:  # kernels look at none of these; cached properties otherwise
+            self.bounds = self.unit_owners = self.chunk_owners = self.span_owners = q
 
     def sketch(self, launch: Launcher) -> "Plan":
         """The same call without memory: tensors on the meta device, for `launch` to look at."""
@@ -208,13 +211,10 @@ class Plan:
 
     @cached_property
     def bounds(self) -> Tensor:
-        if self.cu_seqlens is None:
-            return self.q
+        assert self.cu_seqlens is not None
         return self.cu_seqlens.to(self.q.device, non_blocking=True).contiguous()
 
     def owners(self, length: int) -> Tensor:
-        if not self.packed:
-            return self.q
         count, block = self.sizes.spans(length), 128
         owners = self.new(count, dtype=torch.int32)
         self.launch(
@@ -274,8 +274,8 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
 class CheckedDescriptor(TensorDescriptor):
     """A descriptor that `descriptor` has looked at, which Triton need not do again."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block
 
 
 def descriptor(x: Tensor, shape: tuple[int, int, int, int], strides: tuple[int, int, int],
@@ -284,9 +284,8 @@ def descriptor(x: Tensor, shape: tuple[int, int, int, int], strides: tuple[int, 
 
     None where the copy engine cannot take it: it wants multiples of 16 bytes.
     """
-    mask = 16 // x.element_size() - 1
     a, b, c = strides
-    if x.data_ptr() & 15 or (a | b | c) & mask or 0 in shape:
+    if x.data_ptr() & 15 or (a | b | c) * x.itemsize & 15 or 0 in shape:
         return None
     return CheckedDescriptor(x, list(shape), [a, b, c, 1], [1, 1, *block])
 
