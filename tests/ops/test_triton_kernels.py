@@ -186,6 +186,7 @@ def test_scores_become_weights_and_what_kernels_leave_becomes_gradients(case, mo
 def test_segments_begin_and_end_with_what_is_carried_to_them(case, monkeypatch):
     """`scan` and `combine`, forward with the memory and backward with its gradient."""
     monkeypatch.setattr(sizes, "segment_tokens", lambda packed: 128)
+    monkeypatch.setattr(sizes, "span_tokens", lambda: 128)
     plan, gate, spans = case.new_plan(), case.gate, case.spans(128)
     q, k, v, initial = (case.on_device(name) for name in ("q", "k", "v", "initial_memory"))
     d_output, d_final = case.d_output.to(DEVICE), case.d_final.to(DEVICE)

@@ -195,7 +195,7 @@ class Plan:
         )
         self.recipe: Recipe = recipe_of(kind)
         self.launch: Launcher = launch_any
-        if not self.packed:  # kernels look at none of these; cached properties otherwise
+        if not self.packed:  # not looked at, and quicker than cached properties
             self.bounds = self.unit_owners = self.chunk_owners = self.span_owners = q
 
     def sketch(self, launch: Launcher) -> "Plan":
@@ -215,6 +215,8 @@ class Plan:
         return self.cu_seqlens.to(self.q.device, non_blocking=True).contiguous()
 
     def owners(self, length: int) -> Tensor:
+        if not self.packed:
+            return self.q  # not looked at
         count, block = self.sizes.spans(length), 128
         owners = self.new(count, dtype=torch.int32)
         self.launch(
