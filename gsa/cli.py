@@ -6,6 +6,7 @@ gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
+gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
 gsa info                                  versions, devices, implementations
 """
 
@@ -65,7 +66,9 @@ def add_fields(
             help_text += f" [{default}]"
         options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         if typing.get_origin(hint) is tuple:
-            options |= {"nargs": "+", "type": typing.get_args(hint)[0], "metavar": "X"}
+            optional = field.name in positional and not required
+            options |= {"nargs": "*" if optional else "+", "metavar": "X"}
+            options["type"] = typing.get_args(hint)[0]
         elif typing.get_origin(hint) is typing.Literal:
             options["choices"] = typing.get_args(hint)
         elif hint is bool:
@@ -126,7 +129,7 @@ def train(arguments: list[str]) -> int:
     from gsa.recipes import RECIPES
     from gsa.training.config import TrainConfig
 
-    known = "\n".join(f"  {name:<8} {inspect.getdoc(make)}" for name, make in RECIPES.items())
+    known = "\n".join(f"  {name:<8} {_summary(make)}" for name, make in RECIPES.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(
             f"usage: gsa train RECIPE [options]\n\nrecipes:\n{known}\n\noptions: --help after one"
@@ -180,8 +183,8 @@ def generate(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """time the operator: gsa bench ops; draw that: gsa bench plot; tune kernels: gsa bench tune"""
-    chosen, rest = _subcommand("bench", ("ops", "plot", "tune"), arguments)
+    """time the operator: gsa bench ops (then plot, tune); a model's cost: gsa bench cost"""
+    chosen, rest = _subcommand("bench", ("ops", "plot", "tune", "cost"), arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
 
@@ -191,6 +194,13 @@ def bench(arguments: list[str]) -> int:
         from gsa.benchmark.tune import TuneConfig, bench_tune
 
         bench_tune(_config("gsa bench tune", bench_tune, TuneConfig, rest))
+        return 0
+    if chosen == "cost":
+        from gsa.benchmark.model_cost import CostConfig, bench_cost
+        from gsa.recipes import RECIPES
+
+        config = _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",))
+        bench_cost(config, {name: make().model for name, make in RECIPES.items()})
         return 0
     from gsa.benchmark.device import bench_device
 

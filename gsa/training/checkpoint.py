@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gsa.training.errors import RunError
 from gsa.training.export import WEIGHTS, saved_tensors, write_model
 from gsa.training.files import files_under, sha256, sync, write_json
-from gsa.training.optimizer import flat_state, load_flat_state
+from gsa.training.optimizer import Optimizers, flat_state, load_flat_state
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -47,7 +47,7 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, model: nn.Module, optimizer: Optimizers) -> None:
         """Put weights, optimizer state and random number generators back, bit for bit."""
         weights = load_file(self.folder / WEIGHTS)
         with torch.no_grad():
@@ -64,7 +64,7 @@ def save_checkpoint(
     checkpoints: Path,
     *,
     model: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     tokenizer: Path,
     state: dict[str, Any],
     keep: int,

@@ -5,9 +5,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 Dtype = Literal["fp32", "bf16"]
+Schedule = Literal["cosine", "wsd"]
+OptimizerName = Literal["adamw", "muon"]
 
 _AT_LEAST_ONE = ("seq_len", "rows", "accumulation", "steps", "keep_checkpoints", "validation_rows")
-_AT_LEAST_ZERO = ("warmup", "seed", "validation_interval", "checkpoint_interval", "nan_limit")
+_AT_LEAST_ZERO = (
+    *("warmup", "seed", "validation_interval", "checkpoint_interval", "nan_limit"),
+    "recompute",
+)
 
 FREE_TO_CHANGE = frozenset(
     [
@@ -21,6 +26,7 @@ FREE_TO_CHANGE = frozenset(
         "keep_checkpoints",
         "nan_limit",
         "prompt",
+        "recompute",
         "device",
     ]
 )
@@ -53,10 +59,16 @@ class TrainConfig:
     """Passes per step; the loss is the mean over the tokens of all of them."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
+    optimizer: OptimizerName = "adamw"
+    """muon: for the matrices of linear layers but the head, the rest by AdamW; at the same lr."""
     lr: float = 3e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     min_lr: float = 3e-5
-    """Learning rate at the last step, reached by a cosine."""
+    """Learning rate at the last step."""
+    schedule: Schedule = "cosine"
+    """From lr to min_lr by a cosine; or wsd: lr until the last `decay` of all steps, then down."""
+    decay: float = 0.2
+    """Share of the steps in which wsd goes down."""
     warmup: int = 100
     """Steps of linear warm-up to lr."""
     weight_decay: float = 0.1
@@ -67,8 +79,16 @@ class TrainConfig:
     """AdamW's decay of the mean of squared gradients."""
     clip: float = 1.0
     """Largest norm of the whole gradient; inf for no clipping."""
+    spike: float = math.inf
+    """Skip a step whose gradient norm exceeds so many times the median of the last 100; inf for
+    none. The first 100 steps are never skipped for that."""
     dtype: Dtype = "fp32"
     """bf16: weights stay fp32, matrix products of the forward pass run in bf16 (autocast)."""
+    recompute: int = 0
+    """Keep no activations within every so-manieth block, but compute them again in the backward
+    pass: 1 for all blocks (least memory), 0 for none."""
+    compile: bool = False
+    """Compile each block with torch.compile: faster steps after minutes of compilation."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""
     validation_interval: int = 0
@@ -80,7 +100,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
     nan_limit: int = 10
-    """Steps in a row that may be skipped for a loss or gradient that is not finite."""
+    """Steps in a row that may be skipped for a loss or gradient not finite, or a spike."""
     prompt: str = ""
     """The report shows how the final model continues this; empty for no sample."""
     device: str = "cpu"
@@ -100,15 +120,24 @@ class TrainConfig:
             _require(name, getattr(self, name), "an integer of at least 0", _is_int, least=0)
         _require("lr", self.lr, "a finite number above 0", _is_finite, above=0)
         _require("clip", self.clip, "a number above 0 (inf for none)", _is_number, above=0)
+        _require("spike", self.spike, "a number above 1 (inf for none)", _is_number, above=1)
+        _require("decay", self.decay, "a number in (0, 1]", _is_finite, above=0)
         for name in ("min_lr", "weight_decay"):
             _require(name, getattr(self, name), "a finite number ≥ 0", _is_finite, least=0)
         for name in ("beta1", "beta2"):
             _require(name, getattr(self, name), "a number in [0, 1)", _is_finite, least=0, below=1)
-        if self.dtype not in get_args(Dtype):
-            raise ValueError(f"dtype: expected one of {get_args(Dtype)}, got {self.dtype!r}")
+        choices = {"dtype": Dtype, "schedule": Schedule, "optimizer": OptimizerName}
+        for name, kinds in choices.items():
+            if getattr(self, name) not in get_args(kinds):
+                expected = f"one of {get_args(kinds)}"
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile: expected true or false, got {self.compile!r}")
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.decay > 1:
+            raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
         if self.seq_len < 2:
             raise ValueError(
                 f"seq_len: expected at least 2 (one token predicts the next), got {self.seq_len}"

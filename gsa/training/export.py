@@ -7,9 +7,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gsa.training.files import files_under, sync
-
-WEIGHTS = "model.safetensors"
+from gsa.training.files import WEIGHTS, files_under, sync
 
 
 def write_model(folder: Path, model: Any, tokenizer: Path) -> None:

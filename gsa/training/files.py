@@ -1,10 +1,15 @@
-"""Writing so that nothing half-written looks complete: beside, forced to disk, then renamed."""
+"""Names in a run folder. Writing so that nothing half-written looks complete: beside, forced to
+disk, then renamed."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+SETTINGS = "train.json"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"
 
 
 def sync(path: Path) -> None:

@@ -7,9 +7,10 @@ One process. What several would share goes through few places: `optimizer.flat_s
 """
 
 import signal
+import statistics
 import time
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import torch
 from gsa.data import Batch, PackedRows, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import run_folder
+from gsa.training.blocks import prepare_blocks
 from gsa.training.checkpoint import Checkpoint, save_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
@@ -32,6 +34,9 @@ from gsa.training.schedule import learning_rate
 from gsa.training.setup import build_model_config, pick_device
 from gsa.training.signals import StopSignals
 from gsa.training.validation import HeldOut, held_out_batches, held_out_loss
+
+NORMS = 100
+"""Steps that a gradient's norm is compared with, to tell a spike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,8 @@ class Progressed:
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    norms: list[float] = field(default_factory=list)
+    """Of the gradient in the last NORMS steps that were not skipped."""
     seconds: float = 0.0
     """Time in training steps, all processes of the run together."""
     validated_step: int = 0
@@ -83,8 +90,8 @@ def train(
         command: what to name in the report as the way to repeat the run.
         objective: the loss, summed over a batch.
 
-    SIGTERM and Ctrl-C save a checkpoint and return. In config.out: metrics.jsonl, checkpoints/,
-    and at the end the model, its tokenizer, curve.png and report.md.
+    SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and return. In config.out: metrics.jsonl,
+    checkpoints/, and at the end the model, its tokenizer, curve.png and report.md.
 
     Raises:
         ValueError, FileNotFoundError: settings or shards that do not fit; nothing was written.
@@ -134,6 +141,7 @@ class Trainer:
         self.objective = objective
         self.model: Any = GSAForCausalLM(model_config)
         self.model.to(device).train()
+        prepare_blocks(self.model, config)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
         self.at = Progressed()
@@ -189,7 +197,7 @@ class Trainer:
         return [self.rows.batch(at + i * rows, rows) for i in range(self.config.accumulation)]
 
     def step(self) -> dict[str, Any]:
-        """One optimizer step, or one skipped because loss or gradient is not finite.
+        """One optimizer step, or one skipped because loss or gradient is not finite or a spike.
 
         The loss is the mean over all predicted tokens of the step, so cutting a step into more
         passes changes nothing but rounding. Returns the line for metrics.jsonl.
@@ -208,17 +216,17 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip)
         lr = learning_rate(config, at.step + 1)
         finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        spike = finite and self._is_spike(norm.item())
+        if finite and not spike:
+            self.optimizer.step(lr)
+            at.norms = [*at.norms, norm.item()][-NORMS:]
+        self.optimizer.zero_grad()
         tokens = sum(batch.input_ids.numel() for batch in batches)
         at.step += 1
         at.position += config.rows * config.accumulation
         at.tokens += tokens
-        at.skipped += not finite
-        at.skipped_in_a_row = 0 if finite else at.skipped_in_a_row + 1
+        at.skipped += spike or not finite
+        at.skipped_in_a_row = 0 if finite and not spike else at.skipped_in_a_row + 1
         seconds = time.perf_counter() - started
         at.seconds += seconds
         return {
@@ -234,6 +242,10 @@ class Trainer:
             "data_wait": data_wait,
         }
 
+    def _is_spike(self, norm: float) -> bool:
+        norms = self.at.norms
+        return len(norms) == NORMS and norm > self.config.spike * statistics.median(norms)
+
     def _precision(self) -> AbstractContextManager[Any]:
         enabled = self.config.dtype == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
@@ -241,7 +253,7 @@ class Trainer:
     def _check_skipped(self, folder: Path) -> None:
         if self.at.skipped_in_a_row > self.config.nan_limit:
             raise RunError(
-                f"loss or gradient was not finite for {self.at.skipped_in_a_row} steps in a row, "
+                f"{self.at.skipped_in_a_row} steps in a row were skipped (not finite, or a spike), "
                 f"up to step {self.at.step} (nan_limit = {self.config.nan_limit}); no weight has "
                 "changed since. Lower lr or clip; checkpoints up to then are in "
                 f"{folder / run_folder.CHECKPOINTS}"

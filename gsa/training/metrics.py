@@ -39,9 +39,22 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of a run: (training steps, validations)."""
-    with (folder / METRICS).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    """The lines of a run: (training steps, validations). It may be going on, or broken off.
+
+    A last line that is not whole is left out; ValueError for any other that is no JSON object.
+    """
+    path = folder / METRICS
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is no line of metrics: {line[:60]!r}") from None
+        rows.append(row)
     return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
 
 

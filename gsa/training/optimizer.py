@@ -1,4 +1,10 @@
-"""AdamW in two groups: the weight matrices of linear layers decay, nothing else does."""
+"""The optimizer: AdamW, or Muon for hidden matrices beside it.
+
+The weight matrices of linear layers decay, nothing else does.
+"""
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,30 +26,78 @@ def decay_groups(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, n
     return decayed, {name: p for name, p in trained.items() if name not in decayed}
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over both groups. The fused form: one pass over each tensor, deterministic."""
+class Optimizers:
+    """One or several optimizers, each with parameters of its own, used as one."""
+
+    def __init__(self, members: Iterable[torch.optim.Optimizer]) -> None:
+        self.members = list(members)
+        self._owner = {
+            id(parameter): member
+            for member in self.members
+            for group in member.param_groups
+            for parameter in group["params"]
+        }
+
+    def step(self, lr: float) -> None:
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = lr
+            member.step()
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """The moments of a parameter, by name; empty before the first step."""
+        return self._owner[id(parameter)].state[parameter]
+
+    def has_state(self, parameter: nn.Parameter) -> bool:
+        owner = self._owner.get(id(parameter))
+        return owner is not None and parameter in owner.state
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
+    """AdamW over both groups (fused: one pass over each tensor, deterministic).
+
+    As "muon", decaying matrices but that of the head go to Muon (Jordan et al. 2024), with updates
+    scaled to AdamW's (Liu et al. 2025, "Muon is scalable for LLM training"), so that lr and decay
+    mean the same for both.
+    """
     decayed, others = decay_groups(model)
+    members: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        head = getattr(model, "lm_head", None)
+        hidden = {n: p for n, p in decayed.items() if head is None or p is not head.weight}
+        decayed = {name: p for name, p in decayed.items() if name not in hidden}
+        muon = torch.optim.Muon(
+            list(hidden.values()),
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        members.append(muon)
     groups = [
         {"params": list(decayed.values()), "weight_decay": config.weight_decay},
         {"params": list(others.values()), "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
-    )
+    betas = (config.beta1, config.beta2)
+    groups = [group for group in groups if group["params"]]
+    members.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True))
+    return Optimizers(members)
 
 
-def flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def flat_state(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     """The optimizer's state as a flat dict of tensors, "state.<parameter>.<moment>"."""
     return {
         f"state.{name}.{moment}": value
         for name, parameter in model.named_parameters()
-        for moment, value in optimizer.state.get(parameter, {}).items()
+        if optimizer.has_state(parameter)
+        for moment, value in optimizer.state_of(parameter).items()
     }
 
 
-def load_flat_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
-) -> None:
+def load_flat_state(model: nn.Module, optimizer: Optimizers, state: dict[str, Tensor]) -> None:
     """Put a `flat_state` back; ValueError unless it has exactly this model's parameters and shapes.
 
     No state at all is that of an optimizer that has not stepped yet.
@@ -65,4 +119,4 @@ def load_flat_state(
                 f"{list(value.shape)}"
             )
         # A copy: the value may be a view of the checkpoint's file, which will be deleted.
-        optimizer.state[parameter][moment] = value.to(parameter.device, copy=True)
+        optimizer.state_of(parameter)[moment] = value.to(parameter.device, copy=True)

@@ -12,6 +12,7 @@ import gsa
 from gsa.data import TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.training.config import TrainConfig
+from gsa.training.curves import short_number, smoothed, smoothing
 from gsa.training.errors import RunError
 from gsa.training.export import export_model
 from gsa.training.files import write_text
@@ -38,31 +39,20 @@ def token_unit(shards: TokenShards) -> str:
     return "byte" if (shards.vocab_size, shards.eos_id) == (VOCAB_SIZE, EOS_ID) else "token"
 
 
-def smoothed(values: list[float], weight: float) -> list[float]:
-    """Exponential average, forwards and then backwards, so that the curve does not lag behind."""
-    for _ in range(2):
-        averaged, mean, total = [], 0.0, 0.0
-        for value in values:
-            mean = weight * mean + (1 - weight) * value
-            total = weight * total + (1 - weight)
-            averaged.append(mean / total)
-        values = averaged[::-1]
-    return values
-
-
 def draw_curve(folder: Path, unit: str) -> None:
     """curve.png: training loss (faint as measured, bold smoothed) and held-out loss over tokens."""
     from matplotlib.figure import Figure
 
     steps, validations = read_metrics(folder)
     steps = [row for row in steps if row["loss"] is not None]
+    validations = [row for row in validations if row["val_loss"] is not None]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     tokens = [row["tokens"] for row in steps]
     losses = [row["loss"] for row in steps]
     axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    weight = max(0.0, 1 - 40 / max(len(losses), 1))
-    axes.plot(tokens, smoothed(losses, min(weight, 0.98)), color="tab:blue", label="training")
+    smooth = smoothed(losses, smoothing(len(losses)))
+    axes.plot(tokens, smooth, color="tab:blue", label="training")
     if validations:
         at = [row["tokens"] for row in validations]
         held_out = [row["val_loss"] for row in validations]
@@ -74,7 +64,7 @@ def draw_curve(folder: Path, unit: str) -> None:
         axes.set_ylim(shown[0] - margin, shown[-1] + margin)
     axes.set_xlabel(f"{unit}s seen")
     axes.set_ylabel(f"loss, nats per {unit}")
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
     axes.grid(alpha=0.3)
     axes.legend()
     beside = folder / f".{CURVE}.incomplete"
@@ -204,10 +194,3 @@ def _sources(shards: TokenShards, unit: str) -> str:
 def _quoted(text: str) -> str:
     # Indented code: nothing in the text can be taken for Markdown.
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"

@@ -9,12 +9,9 @@ from gsa.data import TokenShards
 from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
-from gsa.training.export import WEIGHTS
+from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS
 from gsa.training.lock import LOCK
 from gsa.training.report import REPORT
-
-SETTINGS = "train.json"
-CHECKPOINTS = "checkpoints"
 
 
 def open_run_folder(out: str) -> Path:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish to stop, read by the loop between two steps."""
+"""SIGTERM, SIGUSR1 and Ctrl-C as a wish to stop, read by the loop between two steps."""
 
 import signal
 import threading
@@ -6,7 +6,9 @@ from types import FrameType, TracebackType
 
 
 class StopSignals:
-    """Inside a `with`, the first SIGTERM or SIGINT sets `received` to its number.
+    """Inside a `with`, the first SIGTERM, SIGUSR1 or SIGINT sets `received` to its number.
+
+    Schedulers announce the end of a job by one of the first two.
 
     A second Ctrl-C interrupts at once. Outside the main thread nothing is caught, since Python
     delivers signals only there.
@@ -18,7 +20,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

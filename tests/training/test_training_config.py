@@ -33,6 +33,13 @@ BASE = TrainConfig(name="x", data="d", out="o", validation="v")
         ("beta1", 1.0, "[0, 1)"),
         ("beta2", -0.5, "[0, 1)"),
         ("clip", 0, "above 0"),
+        ("spike", 1.0, "above 1"),
+        ("decay", 0.0, "(0, 1]"),
+        ("decay", 1.5, "(0, 1]"),
+        ("schedule", "linear", "cosine"),
+        ("optimizer", "sgd", "adamw"),
+        ("recompute", -1, "at least 0"),
+        ("compile", 1, "true or false"),
         ("clip", float("nan"), "above 0"),
         ("dtype", "fp16", "fp32"),
         ("seed", -1, "at least 0"),
@@ -91,3 +98,14 @@ def test_learning_rate_without_warmup_and_of_one_step():
     config = replace(BASE, steps=3, warmup=0, lr=2.0, min_lr=1.0)
     assert [learning_rate(config, step) for step in (1, 2, 3)] == pytest.approx([2.0, 1.5, 1.0])
     assert learning_rate(replace(config, steps=1), 1) == 2.0
+
+
+def test_wsd_stays_at_the_top_until_the_last_steps():
+    config = replace(BASE, steps=100, warmup=10, lr=2.0, min_lr=0.5, schedule="wsd", decay=0.4)
+    assert learning_rate(config, 5) == pytest.approx(1.0)
+    assert {learning_rate(config, step) for step in range(10, 61)} == {2.0}
+    assert learning_rate(config, 70) == pytest.approx(0.5 + 1.5 * 0.5)  # a quarter: 1 - sqrt(1/4)
+    assert learning_rate(config, 100) == 0.5
+    longer = replace(config, steps=1000)
+    assert learning_rate(longer, 60) == learning_rate(config, 60), "may be prolonged from here"
+    assert learning_rate(replace(config, decay=1.0), 10) == 2.0

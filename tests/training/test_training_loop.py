@@ -1,5 +1,8 @@
+import copy
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -7,15 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import losses
+from torch._dynamo.testing import CompileCounterWithBackend
+from training_runs import assert_same_run, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gsa.model  # noqa: F401  (registers the Auto classes)
 from gsa.data import Batch, PackedRows, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import RunError, train
+from gsa.training.blocks import prepare_blocks
+from gsa.training.loop import NORMS
 from gsa.training.objective import next_token, num_targets
-from gsa.training.optimizer import decay_groups
+from gsa.training.optimizer import build_optimizer, decay_groups
 
 
 def of_kind(config, kind):
@@ -153,7 +159,7 @@ def test_a_run_that_diverges_stops_after_the_limit(make_config):
     config = make_config(
         steps=40, lr=1e30, min_lr=1e30, warmup=0, nan_limit=3, validation_interval=0
     )
-    with pytest.raises(RunError, match="not finite for 4 steps in a row"):
+    with pytest.raises(RunError, match="4 steps in a row were skipped"):
         train(config)
     rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").open()]
     assert [row["skipped"] for row in rows[-4:]] == [1, 2, 3, 4]
@@ -187,3 +193,107 @@ def test_weight_decay_shrinks_what_gets_no_gradient(make_config):
     name = "model.layers.0.attn.q_proj.weight"
     torch.testing.assert_close(end[name], start[name] * (1 - 0.1 * 0.5))
     assert torch.equal(end["model.embeddings.weight"], start["model.embeddings.weight"])
+
+
+def test_muon_moves_hidden_matrices_and_adamw_the_rest(make_config):
+    config = make_config(optimizer="muon")
+    model = GSAForCausalLM(GSAConfig(**{**config.model, "vocab_size": 258}))
+    optimizer = build_optimizer(model, config)
+    muon, adamw = optimizer.members
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    names = {id(p): name for name, p in model.named_parameters()}
+    moved = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert moved.isdisjoint(rest) and moved | rest == set(names.values())
+    assert all(".attn." in name or ".mlp." in name for name in moved)
+    assert not any("embeddings" in name or "lm_head" in name or "norm" in name for name in moved)
+
+
+def test_muon_learns_and_resumes_bit_for_bit(make_config, tmp_path):
+    whole = make_config(optimizer="muon", out=str(tmp_path / "whole"), steps=30)
+    train(whole)
+    rows = of_kind(whole, "loss")
+    assert rows[-1][2] < rows[0][2] - 1
+    parts = replace(whole, out=str(tmp_path / "parts"))
+
+    def stops_at_17(model, batch):
+        stops_at_17.calls += model.training
+        if stops_at_17.calls == 17:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return next_token(model, batch)
+
+    stops_at_17.calls = 0
+    assert train(parts, objective=stops_at_17).status == "stopped"
+    assert train(parts).status == "finished"
+    assert_same_run(parts.out, whole.out)
+
+
+def test_a_spike_is_skipped_once_there_is_something_to_compare_with(make_config):
+    config = make_config(
+        steps=NORMS + 8, spike=50.0, clip=math.inf, validation_interval=0, checkpoint_interval=0
+    )
+    calls = []
+
+    def spikes(model, batch):
+        calls.append(batch)
+        loud = len(calls) in (10, NORMS + 3)
+        return next_token(model, batch) * (1e4 if loud and model.training else 1)
+
+    train(config, objective=spikes)
+    rows = [json.loads(line) for line in (Path(config.out) / "metrics.jsonl").open()][: NORMS + 8]
+    skipped = [row["step"] for row, old in zip(rows[1:], rows, strict=False)
+               if row["skipped"] > old["skipped"]]  # fmt: skip
+    assert skipped == [NORMS + 3], "not the first, with nothing to compare it with"
+
+
+@pytest.mark.parametrize("recompute", [1, 2])
+def test_recomputed_blocks_train_the_same(make_config, tmp_path, recompute):
+    plain = make_config(out=str(tmp_path / "plain"), steps=4, warmup=1)
+    train(plain)
+    less = replace(plain, out=str(tmp_path / "less"), recompute=recompute)
+    train(less)
+    assert_same_run(less.out, plain.out)
+
+
+def test_every_recomputed_block_keeps_its_input_only(make_config):
+    def kept(recompute):
+        config = make_config(recompute=recompute)
+        options = {**config.model, "vocab_size": 258, "num_hidden_layers": 4}
+        model = GSAForCausalLM(GSAConfig(**options)).train()
+        prepare_blocks(model, config)
+        sizes = {}
+
+        def pack(x):
+            sizes[x.untyped_storage().data_ptr()] = x.numel()
+            return x
+
+        ids = torch.randint(258, (1, 64))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(ids, labels=ids)
+        return sum(sizes.values())
+
+    none, half, all_of_them = kept(0), kept(2), kept(1)
+    assert all_of_them < half < none
+    assert none - half == pytest.approx(half - all_of_them, rel=0.05)
+
+
+def test_one_graph_serves_all_compiled_blocks(make_config, monkeypatch):
+    """No graph breaks, and blocks that are alike share a graph."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_block = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **o: compile_block(self, backend=counter, **o)
+    )
+    config = make_config(compile=True)
+    options = {**config.model, "vocab_size": 258, "num_hidden_layers": 4}
+    model = GSAForCausalLM(GSAConfig(**options)).train()
+    eager = copy.deepcopy(model)
+    prepare_blocks(model, config)
+    ids = torch.randint(258, (1, 64))
+    bounds = torch.tensor([0, 10, 64], dtype=torch.int32)
+    for one in (model, eager):
+        one(ids, labels=ids, cu_seqlens=bounds).loss.backward()
+    assert counter.frame_count == 1
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)

@@ -50,12 +50,14 @@ def test_killed_and_resumed_is_the_same_run(uninterrupted, tmp_path):
     assert_same_run(config.out, uninterrupted.out)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_and_exits(uninterrupted, tmp_path, number, code):
     config = replace(uninterrupted, out=str(tmp_path / "stopped"))
     options = []
     for name, value in config.to_dict().items():
-        if name != "model":
+        if name != "model" and not isinstance(value, bool):
             options += [f"--{name.replace('_', '-')}={value}"]
     process = start_command([sys.executable, "-m", "gsa", "train", "tiny", *options])
     wait_for_step(process, config.out, 30)
