@@ -2,6 +2,7 @@
 
 gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa train RECIPE [options]                train a model, or go on with it
+gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
 gsa bench plot RESULT...                  draw what a GPU's run measured
@@ -161,6 +162,14 @@ def train(arguments: list[str]) -> int:
     return 130 if result.signal == signal.SIGINT else 0
 
 
+def report(arguments: list[str]) -> int:
+    """draw and compare the curves of runs: gsa report RUN... [--out FILE]"""
+    from gsa.training.comparison import ReportConfig, compare_runs
+
+    print(compare_runs(_config("gsa report", compare_runs, ReportConfig, arguments, ("runs",))))
+    return 0
+
+
 def generate(arguments: list[str]) -> int:
     """continue a text: gsa generate MODEL --prompt TEXT"""
     from gsa.generation.config import GenerateConfig
@@ -268,6 +277,7 @@ def _subcommand(
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "train": train,
+    "report": report,
     "generate": generate,
     "bench": bench,
     "info": info,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gsa.training.curves import clock
 from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS
 from gsa.training.metrics import METRICS, read_metrics
 
@@ -92,8 +93,10 @@ def check_ours(out: Path) -> None:
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
     """The runs in the order given, each folder once."""
-    once = {Path(folder).resolve(): Path(folder) for folder in reversed(folders)}
-    found = [(folder, read_settings(folder)) for folder in reversed(once.values())]
+    once: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        once.setdefault(folder.resolve(), folder)
+    found = [(folder, read_settings(folder)) for folder in once.values()]
     names = [
         str(settings.get("config", {}).get("name") or folder.resolve().name)
         for folder, settings in found
@@ -101,7 +104,8 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     runs = []
     for (folder, settings), name in zip(found, names, strict=True):
         label = name if names.count(name) == 1 else f"{name} ({folder})"
-        steps, validations = read_metrics(folder)
+        begun = (folder / METRICS).is_file()
+        steps, validations = read_metrics(folder) if begun else ([], [])
         runs.append(
             Run(
                 folder=folder,
@@ -115,22 +119,24 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The train.json of a run folder; {} if it has none."""
+    """The train.json of a run folder; {} if it has metrics alone."""
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: {folder}: no such folder")
-    if not (folder / METRICS).is_file():
-        raise ValueError(
-            f"runs: {folder} is no run folder, or has no step yet ({METRICS} is missing); expected "
-            "the out folder of gsa train"
-        )
     path = folder / SETTINGS
     if not path.is_file():
-        return {}
+        if (folder / METRICS).is_file():
+            return {}
+        raise ValueError(
+            f"runs: {folder} is no run folder (it has neither {SETTINGS} nor {METRICS}); expected "
+            "the out folder of gsa train"
+        )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        return {key: settings[key] for key in settings}
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: damaged ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: damaged (no JSON object)")
+    return settings
 
 
 def count_parameters(run: Run) -> int | None:
@@ -167,11 +173,9 @@ def skipped_tokens(run: Run) -> list[int]:
 
 def number_rows(runs: Sequence[Run]) -> list[Row]:
     """The table of what came out; the lowest held-out losses marked if they can be compared."""
-    same_text = len(_fingerprints(runs, "validation")) == 1 and len(runs) > 1
-    final = [run.validations[-1]["val_loss"] if run.validations else None for run in runs]
-    best = [
-        min((row["val_loss"] for row in run.validations), default=None) for run in runs
-    ]
+    one_text = len(_fingerprints(runs, "validation")) == 1
+    last = [run.validations[-1] if run.validations else {} for run in runs]
+    best = [min(run.validations, key=lambda row: row["val_loss"], default={}) for run in runs]
     rows = [
         Row(name="folder", values=[str(run.folder) for run in runs]),
         Row(name="parameters", values=[_count(count_parameters(run)) for run in runs]),
@@ -181,13 +185,13 @@ def number_rows(runs: Sequence[Run]) -> list[Row]:
         Row(name="training loss, mean of the last steps", values=[_end(run) for run in runs]),
         Row(
             name="held-out loss, last",
-            values=[_validation(run, -1) for run in runs],
-            best=_lowest(final) if same_text else None,
+            values=[_validation(row) for row in last],
+            best=_lowest(last) if one_text else None,
         ),
         Row(
             name="held-out loss, best",
-            values=[_validation(run, _best_index(run)) for run in runs],
-            best=_lowest(best) if same_text else None,
+            values=[_validation(row) for row in best],
+            best=_lowest(best) if one_text else None,
         ),
         Row(name="time in steps", values=[_last(run, "seconds", clock) for run in runs]),
     ]
@@ -234,18 +238,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def _compared(facts: Sequence[dict[str, Any]]) -> list[Row]:
     """A row per key of any; in runs that lack it, or know nothing at all, its value is unknown."""
     rows = []
     for key in dict.fromkeys(key for one in facts for key in one):
-        known = [one[key] if key in one else None for one in facts if one]
+        known = [one.get(key) for one in facts if one]
         texts = [_text(one[key]) if key in one else UNKNOWN for one in facts]
         differs = any(value != known[0] for value in known)
         rows.append(Row(name=key, values=texts, differs=differs))
@@ -288,19 +285,16 @@ def _end(run: Run) -> str:
     return f"{statistics.fmean(losses):.4f} ({len(losses)})" if losses else UNKNOWN
 
 
-def _best_index(run: Run) -> int:
-    losses = [row["val_loss"] for row in run.validations]
-    return losses.index(min(losses)) if losses else 0
-
-
-def _validation(run: Run, index: int) -> str:
-    if not run.validations:
+def _validation(row: dict[str, Any]) -> str:
+    if not row:
         return UNKNOWN
-    row = run.validations[index]
     part = "" if row.get("whole", True) else ", part of the text"
     return f"{row['val_loss']:.4f} (step {row['step']:,}{part})"
 
 
-def _lowest(values: Sequence[float | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return values.index(min(known)) if len(known) > 1 else None
+def _lowest(rows: Sequence[dict[str, Any]]) -> int | None:
+    """The index of the lowest held-out loss, if there are several, all over as much of the text."""
+    known = [row for row in rows if row]
+    if len(known) < 2 or len({row.get("whole", True) for row in known}) > 1:
+        return None
+    return rows.index(min(known, key=lambda row: row["val_loss"]))

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = frozenset(
         "nan_limit",
         "prompt",
         "recompute",
+        "sinks",
         "device",
     ]
 )
@@ -101,6 +102,8 @@ class TrainConfig:
     """Newest checkpoints to keep."""
     nan_limit: int = 10
     """Steps in a row that may be skipped for a loss or gradient not finite, or a spike."""
+    sinks: tuple[str, ...] = ()
+    """Trackers that get the metrics too: tensorboard, wandb, trackio; metrics.jsonl always does."""
     prompt: str = ""
     """The report shows how the final model continues this; empty for no sample."""
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""What every drawing of a run shares: smoothing, and numbers short enough for an axis."""
+"""What every view of a run shares: smoothing, and numbers and times short enough to read."""
 
 
 def smoothing(values: int) -> float:
@@ -24,3 +24,10 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -33,6 +33,7 @@ from gsa.training.report import finish, token_unit, versions
 from gsa.training.schedule import learning_rate
 from gsa.training.setup import build_model_config, pick_device
 from gsa.training.signals import StopSignals
+from gsa.training.sinks import Sinks, check_sinks, open_sinks
 from gsa.training.validation import HeldOut, held_out_batches, held_out_loss
 
 NORMS = 100
@@ -102,6 +103,7 @@ def train(
     validation = TokenShards(config.validation) if config.validation else None
     model_config = build_model_config(config, shards, validation)
     device = pick_device(config.device)
+    check_sinks(config.sinks)
     rows = PackedRows(shards, seq_len=config.seq_len, seed=config.seed)
     folder = run_folder.open_run_folder(config.out)
     with RunLock(folder), Display(config.steps) as display, StopSignals() as stop:
@@ -160,13 +162,15 @@ class Trainer:
             self.at = Progressed(**start.state["progress"])
             display.say(f"going on from {start.folder}")
         display.resumed_at(self.at.step)
+        sinks = open_sinks(self.config.sinks, folder, self.config.to_dict(), self.at.step)
         metrics = MetricsLog(folder, after_step=self.at.step, validated=self.at.validated_step)
         saved = -1 if start is None else self.at.step
         try:
             while True:
                 if self._validation_due():
-                    self._validate(metrics, display, stop)
+                    self._validate(metrics, sinks, display, stop)
                 if (stop.received or self._checkpoint_due()) and saved != self.at.step:
+                    sinks.sync()
                     self._save(folder, metrics)
                     saved = self.at.step
                 if stop.received:
@@ -180,9 +184,11 @@ class Trainer:
                     break
                 line = self.step()
                 metrics.write(**line)
+                sinks.write(line)
                 self._check_skipped(folder)
-                display.step(self.at.step, line["loss"], line["tokens_per_s"])
+                display.step(self.at.step, line["loss"], line["tokens_per_s"], line)
         finally:
+            sinks.close()
             metrics.close()
         finish(folder, config=self.config, model=self.model, train=self.rows.shards,
                validation=self.validation, state=asdict(self.at), command=command)  # fmt: skip
@@ -269,7 +275,9 @@ class Trainer:
         at, interval = self.at.step, self.config.checkpoint_interval
         return at == self.config.steps or (interval > 0 and at > 0 and at % interval == 0)
 
-    def _validate(self, metrics: MetricsLog, display: Display, stop: StopSignals) -> None:
+    def _validate(
+        self, metrics: MetricsLog, sinks: Sinks, display: Display, stop: StopSignals
+    ) -> None:
         assert self.validation is not None
         whole = self.at.step == self.config.steps
         found = held_out_loss(
@@ -281,7 +289,9 @@ class Trainer:
         )
         if found is not None:
             self._note_validation(found)
-            metrics.write(**self._validation_line(found, whole))
+            line = self._validation_line(found, whole)
+            metrics.write(**line)
+            sinks.write(line)
             unit = token_unit(self.validation)
             display.say(f"step {self.at.step}: held-out loss {found.loss:.4f} nats per {unit}")
 

@@ -53,7 +53,9 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is no line of metrics: {line[:60]!r}") from None
+            raise ValueError(
+                f"{path}: line {number} is no line of metrics: {line[:60]!r}"
+            ) from None
         rows.append(row)
     return [r for r in rows if "loss" in r], [r for r in rows if "val_loss" in r]
 
