@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from gsa.training.objective import next_token
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +43,19 @@ def wait_for_step(process, folder, step):
             return
         time.sleep(0.002)
     raise AssertionError(f"ended early: {process.communicate()}")
+
+
+def stopped_at(call):
+    """An objective that asks its own process to stop during its `call`-th call."""
+    calls = []
+
+    def objective(model, batch):
+        calls.append(batch)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return next_token(model, batch)
+
+    return objective
 
 
 def losses(folder):

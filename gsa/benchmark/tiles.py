@@ -3,6 +3,7 @@
 import torch
 
 from gsa.ops.triton.plan import HEAD_TILES, TILES, walk_tile
+from gsa.ops.triton.sizes import chunk_tokens, number_dtype
 from gsa.ops.triton.table import DTYPES, Row, power_of_two
 
 BLOCKS = (16, 32, 64, 128)
@@ -22,9 +23,11 @@ def formula(
 
 def stage_bytes(row: Row) -> int:
     """Shared memory of what one pipeline stage loads, at the least."""
-    size = 2 if row.dtype in ("bf16", "fp16") else 4
+    dtype = {name: dtype for dtype, name in DTYPES.items()}[row.dtype]
+    factor = 2 if row.dtype == "bf16" else number_dtype(dtype).itemsize
     columns, rows = (n + row.heads * HEAD_TILES[row.kernel] for n in TILES[row.kernel])
-    return size * 64 * (columns * row.block + rows * row.slots)
+    per_token = columns * row.block * dtype.itemsize + rows * row.slots * factor
+    return chunk_tokens(dtype, row.slots) * per_token
 
 
 def candidates(default: Row, shared: int) -> list[Row]:

@@ -135,7 +135,9 @@ def test_gates_near_one_still_write(impl):
     inputs["log_forget"] = torch.nn.functional.logsigmoid(logit) / 8
     assert (1 - inputs["log_forget"].to(torch.bfloat16).exp()).abs().max() == 0
     got, exact = evaluate(gated_slot_attention, inputs, impl=impl), evaluate(oracle, inputs)
-    assert max(errors(got["memory"], exact["memory"])) < (4e-3 if impl == "triton" else 1e-5)
+    # What the kernels write is rounded to bf16 once, to half of its last bit.
+    most = 2**-9 if impl == "triton" else 1e-5
+    assert max(errors(got["memory"], exact["memory"])) < most
     assert max(errors(got["output"], exact["output"])) < 4e-3
 
 

@@ -262,7 +262,8 @@ def spans(length, *, cu_seqlens=None, dtype=torch.int32, **options):
     tokens = (inputs[name].to(DEVICE) for name in ("q", "k", "v", "log_forget"))
     plan = Plan(*tokens, None, cu)
     out = torch.full((plan.sizes.spans(length), 5), -1, dtype=torch.int64, device=DEVICE)
-    spans_kernel[(len(out),)](out, plan.owners(length), plan.bounds, plan.T, length, plan.packed)
+    owners = plan.owners(length) if plan.packed else plan.bounds
+    spans_kernel[(len(out),)](out, owners, plan.bounds, plan.T, length, plan.packed)
     return out.tolist()
 
 

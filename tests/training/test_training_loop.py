@@ -1,8 +1,6 @@
 import copy
 import json
 import math
-import os
-import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
-from training_runs import assert_same_run, losses
+from training_runs import assert_same_run, losses, stopped_at
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gsa.model  # noqa: F401  (registers the Auto classes)
@@ -215,15 +213,7 @@ def test_muon_learns_and_resumes_bit_for_bit(make_config, tmp_path):
     rows = of_kind(whole, "loss")
     assert rows[-1][2] < rows[0][2] - 1
     parts = replace(whole, out=str(tmp_path / "parts"))
-
-    def stops_at_17(model, batch):
-        stops_at_17.calls += model.training
-        if stops_at_17.calls == 17:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return next_token(model, batch)
-
-    stops_at_17.calls = 0
-    assert train(parts, objective=stops_at_17).status == "stopped"
+    assert train(parts, objective=stopped_at(17)).status == "stopped"
     assert train(parts).status == "finished"
     assert_same_run(parts.out, whole.out)
 

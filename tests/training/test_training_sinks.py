@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from training_runs import stopped_at
 
 from gsa.training import train
 from gsa.training.errors import RunError
 from gsa.training.metrics import MetricsLog
-from gsa.training.objective import next_token
 from gsa.training.sinks import SINKS, TRACKERS, Sinks, check_sinks, open_sinks, scalars
 
 CONFIG = {"name": "mine", "lr": 3e-4, "clip": math.inf, "model": {"num_slots": 4}}
@@ -300,15 +300,7 @@ def test_steps_handed_over_are_not_handed_over_again(tmp_path, monkeypatch):
 def test_a_run_sends_every_step_once_however_often_resumed(make_config):
     pytest.importorskip("tensorboard")
     config = make_config(sinks=("tensorboard",), validation="", validation_interval=0)
-
-    def stops(model, batch):
-        stops.calls += 1
-        if stops.calls == 8:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return next_token(model, batch)
-
-    stops.calls = 0
-    assert train(config, objective=stops).status == "stopped"
+    assert train(config, objective=stopped_at(8)).status == "stopped"
     assert train(config).status == "finished"
     found, _ = read_events(Path(config.out))
     assert [step for step, _ in found["train/loss"]] == list(range(1, config.steps + 1))

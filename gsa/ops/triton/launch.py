@@ -234,6 +234,7 @@ def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: S
 def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_output: Tensor,
              d_final: Tensor | None, scale: float, slot_activation: SlotActivation
              ) -> Gradients:  # fmt: skip
+    """Gradients by walks from the end, and what they need of the forward pass made again."""
     recipe = plan.recipe
     gate = kept.gates
     again = kept.keys is None
@@ -319,8 +320,10 @@ def compile_ahead(plan: Plan, initial: Tensor | None, slot_activation: SlotActiv
 def run_backward(tokens: Tokens, initial: Tensor | None, final: Tensor, kept: Kept,
                  d_output: Tensor, d_final: Tensor | None, scale: float,
                  slot_activation: SlotActivation) -> Gradients:  # fmt: skip
+    """`backward`."""
     plan = Plan(*tokens)
     enter_context(plan.q.device)
-    if may_repeat(*tokens, initial, final, d_output, d_final):
+    saved = (*kept[:2], *kept.gates, *kept[3:])  # through hooks that may have moved them
+    if may_repeat(*tokens, initial, final, *saved, d_output, d_final):
         plan.launch = plan.recipe.programs.launch
     return backward(plan, initial, final, kept, d_output, d_final, scale, slot_activation)

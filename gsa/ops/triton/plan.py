@@ -82,7 +82,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 class Recipe:
-    """What is the same for all calls of a kind, whatever their B and T; made once: see `of`."""
+    """What is the same for all calls of a kind, whatever their B and T; made once: `recipe_of`."""
 
     def __init__(self, kind: "Kind"):
         assert kind.unit % kind.span == 0 and kind.span % kind.chunk == 0, kind
@@ -93,8 +93,6 @@ class Recipe:
         self.number = tl.float64 if dtype == torch.float32 else tl.float32
         self.operand = tl.bfloat16 if self.operand_dtype == torch.bfloat16 else self.number
         self.factor = tl.float16 if dtype == torch.float16 else self.operand
-        # For fp16's factors, in fp32: a product in TF32 cuts them off, always towards zero.
-        self.precision = "tf32x3"
         self.warps = 8 if dtype == torch.float32 else 4
         self.programs = Programs()
         self.tile = cache(self._tile)
@@ -122,7 +120,7 @@ class Recipe:
         return self.common | dict(
             H=self.kind.H, W=width, X=self.kind.K + self.kind.V, COLUMN=column,
             UNIT=self.kind.unit, SNAPSHOT=self.kind.span, BLOCK=block, OPERAND=self.operand,
-            PRECISION=self.precision, num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def walk_both(self, kernel: str) -> dict[str, object]:
@@ -131,8 +129,7 @@ class Recipe:
         keys, values = self.tile(kernel, n.K), self.tile(kernel, n.V)
         return self.common | dict(
             K=n.K, V=n.V, UNIT=n.unit, KEY_BLOCK=keys.block, VALUE_BLOCK=values.block,
-            OPERAND=self.operand, PRECISION=self.precision,
-            num_warps=keys.warps, num_stages=min(keys.stages, values.stages),
+            OPERAND=self.operand, num_warps=keys.warps, num_stages=min(keys.stages, values.stages),
         )  # fmt: skip
 
 
@@ -215,8 +212,6 @@ class Plan:
         return self.cu_seqlens.to(self.q.device, non_blocking=True).contiguous()
 
     def owners(self, length: int) -> Tensor:
-        if not self.packed:
-            return self.q  # not looked at
         count, block = self.sizes.spans(length), 128
         owners = self.new(count, dtype=torch.int32)
         self.launch(

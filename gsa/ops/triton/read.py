@@ -38,20 +38,19 @@ from gsa.ops.triton.memory import (
 
 
 @triton.jit
-def contract_chunk(x_CW, y_CW, lifted_CM, memory, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+def contract_chunk(x_CW, y_CW, lifted_CM, memory, FACTOR: tl.constexpr, OPERAND: tl.constexpr):
     """(scores against other tokens [C, M], x · y of each token [C], the memory after the chunk).
 
     memory: before the chunk, times exp(S); it comes back without exp(G_C - S).
     """
     C: tl.constexpr = x_CW.shape[0]
     rows = tl.arange(0, C)
-    inside = product(x_CW.to(FACTOR), tl.trans(y_CW.to(FACTOR)), memory.dtype, PRECISION)
+    inside = product(x_CW.to(FACTOR), tl.trans(y_CW.to(FACTOR)), memory.dtype)
     own = tl.sum(tl.where(rows[:, None] == rows[None, :], inside, 0.0), 1)
     inside = tl.where(rows[:, None] > rows[None, :], inside, 0.0).to(OPERAND)
-    score = product(x_CW.to(OPERAND), tl.trans(memory.to(OPERAND)), memory.dtype, PRECISION)
-    score = add_product(score, inside, lifted_CM, PRECISION)
-    memory = add_product(memory, tl.trans(lifted_CM), y_CW.to(OPERAND), PRECISION)
+    score = product(x_CW.to(OPERAND), tl.trans(memory.to(OPERAND)), memory.dtype)
+    score = add_product(score, inside, lifted_CM)
+    memory = add_product(memory, tl.trans(lifted_CM), y_CW.to(OPERAND))
     return score, own, memory
 
 
@@ -70,7 +69,7 @@ def contract_kernel(
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
+    PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """raw_i = memory before the chunk · x_i + Σ_{j<i} (x_i · y_j) lifted_j, own_i = x_i · y_i.
 
@@ -110,9 +109,7 @@ def contract_kernel(
                 flag = (chunk + i) * G + group
                 before = (chunk + tl.maximum(i - 1, position)) * G + group
                 memory *= passing(fades, flag, before, i > position, M, M_PAD)[:, None]
-                score, same, memory = contract_chunk(
-                    x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND, PRECISION
-                )
+                score, same, memory = contract_chunk(x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND)
                 store_tile(raw_tiles, score, part * batch + row, head, place, 0, C, M_PAD)
                 tl.store(own + (first + rows) * H, same, mask=first + rows < stop)
                 if snapshots is not None:
@@ -146,9 +143,7 @@ def contract_kernel(
                 lifted_CM = load_rows(lifted + group * M, G * M, first, stop, slots, present, C)
                 flag = (chunk + position) * G + group
                 memory *= entering(fades, flag, M, M_PAD)[:, None]
-                score, same, memory = contract_chunk(
-                    x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND, PRECISION
-                )
+                score, same, memory = contract_chunk(x_CW, y_CW, lifted_CM, memory, FACTOR, OPERAND)
                 memory *= leaving(fades, flag, M, M_PAD)[:, None]
                 part_raw = raw + (part.to(tl.int64) * batch * tokens * H + head) * M
                 store_rows(part_raw, score, H * M, first, stop, slots, present, C)
@@ -165,8 +160,7 @@ def contract_kernel(
 
 
 @triton.jit
-def expand_chunk(z_CM, y_CW, lifted_CM, memory, careful, OPERAND: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+def expand_chunk(z_CM, y_CW, lifted_CM, memory, careful, OPERAND: tl.constexpr):  # fmt: skip
     """(what a chunk reads [C, W], the memory after it).
 
     memory: before the chunk, times exp(S); it comes back without exp(G_C - S).
@@ -175,16 +169,16 @@ def expand_chunk(z_CM, y_CW, lifted_CM, memory, careful, OPERAND: tl.constexpr,
     """
     C: tl.constexpr = z_CM.shape[0]
     rows = tl.arange(0, C)
-    mix = product(z_CM, tl.trans(lifted_CM), memory.dtype, PRECISION)
+    mix = product(z_CM, tl.trans(lifted_CM), memory.dtype)
     mix = tl.where(rows[:, None] >= rows[None, :], mix, 0.0).to(OPERAND)
     y_CW = y_CW.to(OPERAND)
-    read = product(z_CM, memory.to(OPERAND), memory.dtype, PRECISION)
-    after = add_product(memory, tl.trans(lifted_CM), y_CW, PRECISION)
+    read = product(z_CM, memory.to(OPERAND), memory.dtype)
+    after = add_product(memory, tl.trans(lifted_CM), y_CW)
     if careful:
         broken = tl.where(tl.abs(y_CW.to(memory.dtype)) < float("inf"), 0, 1)
         y_CW = tl.where(broken == 0, y_CW, 0.0).to(OPERAND)
         read = tl.where(tl.cumsum(broken, 0) > 0, float("nan"), read)
-    read = add_product(read, mix, y_CW, PRECISION)
+    read = add_product(read, mix, y_CW)
     return read, after
 
 
@@ -201,7 +195,7 @@ def expand_kernel(
     owners, bounds, tokens, y_stride,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    M_PAD: tl.constexpr, BLOCK: tl.constexpr, OPERAND: tl.constexpr,
     PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """out_i = z_i · memory before the chunk + Σ_{j<=i} (z_i · lifted_j) y_j.
@@ -247,8 +241,7 @@ def expand_kernel(
                     flag = (chunk + i) * G + group
                     before = (chunk + tl.maximum(i - 1, position)) * G + group
                     memory *= passing(fades, flag, before, i > position, M, M_PAD)[:, None]
-                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, False, OPERAND,
-                                                PRECISION)  # fmt: skip
+                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, False, OPERAND)
                     store_tile(out_tiles, read, row, head, place, part * BLOCK, C, BLOCK)
                     if snapshots is not None:
                         if leads & is_border(i, first, end, C, SNAPSHOT):
@@ -280,8 +273,7 @@ def expand_kernel(
                     lifted_CM = load_rows(lifted + group * M, G * M, first, stop, slots, present, C)
                     flag = (chunk + position) * G + group
                     memory *= entering(fades, flag, M, M_PAD)[:, None]
-                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, careful > 0, OPERAND,
-                                                PRECISION)  # fmt: skip
+                    read, memory = expand_chunk(z_CM, y_CW, lifted_CM, memory, careful > 0, OPERAND)
                     memory *= leaving(fades, flag, M, M_PAD)[:, None]
                     store_rows(out, read, H * W, first, stop, cols, wanted, C)
                 if snapshots is not None:

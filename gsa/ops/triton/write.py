@@ -35,22 +35,21 @@ from gsa.ops.triton.memory import (
 
 
 @triton.jit
-def read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+def read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR: tl.constexpr, OPERAND: tl.constexpr):
     """d_lifted_j with Σ_{i>j} (x_i · y_j) z_i added."""
     rows = tl.arange(0, x_CW.shape[0])
-    inside = product(y_CW.to(FACTOR), tl.trans(x_CW.to(FACTOR)), d_lifted_CM.dtype, PRECISION)
+    inside = product(y_CW.to(FACTOR), tl.trans(x_CW.to(FACTOR)), d_lifted_CM.dtype)
     inside = tl.where(rows[:, None] < rows[None, :], inside, 0.0).to(OPERAND)
-    return add_product(d_lifted_CM, inside, z_CM, PRECISION)
+    return add_product(d_lifted_CM, inside, z_CM)
 
 
 @triton.jit
-def mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND: tl.constexpr):
     """d_y_j with Σ_{i>=j} (z_i · lifted_j) x_i added."""
     rows = tl.arange(0, x_CW.shape[0])
-    mix = product(lifted_CM, tl.trans(z_CM), d_y_CW.dtype, PRECISION)
+    mix = product(lifted_CM, tl.trans(z_CM), d_y_CW.dtype)
     mix = tl.where(rows[:, None] <= rows[None, :], mix, 0.0).to(OPERAND)
-    return add_product(d_y_CW, mix, x_CW.to(OPERAND), PRECISION)
+    return add_product(d_y_CW, mix, x_CW.to(OPERAND))
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def write_back_walk(
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr,
     M_PAD: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
+    PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """d_y_j = lifted_j · D + Σ_{i>=j} (z_i · lifted_j) x_i
     d_lifted_j = D y_j + Σ_{i>j} (x_i · y_j) z_i
@@ -137,6 +136,7 @@ def write_back_walk(
         steep = next_steep(steep_flags, last_flag, -G, position, count, UNIT // C)
         i = count - 1 - position
         first = start + i * C
+        singly = (position == steep) | (position < ragged)
         if position == steep:
             many = (tl.minimum(first + C, stop) - first).to(tl.int32)
             for back in range(many):
@@ -156,68 +156,62 @@ def write_back_walk(
                 tl.store(d_y + t * (G * W) + cols, d_y_W, mask=wanted)
                 d_memory *= tl.exp(log_f)[:, None]
             position += 1
-            if i % PER_SPAN == 0:
-                cross(crossing, d_memory, i, start, begin, owner, group, snapshots, initial, tokens,
-                      cols, wanted, COLUMN, G, M, W, X, C, SNAPSHOT, M_PAD, PACKED,
-                      NUMBER)  # fmt: skip
         elif position < ragged:
             y_CW = load_rows(y, y_stride, first, stop, cols, wanted, C)
             lifted_CM = load_rows(lifted + group * M, G * M, first, stop, slots, present, C)
             flag = (chunk + i) * G + group
             d_memory *= entering(fades, flag, M, M_PAD, True)[:, None]
             after = d_memory.to(OPERAND)
-            d_y_CW = product(lifted_CM, after, NUMBER, PRECISION)
-            d_lifted_CM = product(y_CW.to(OPERAND), tl.trans(after), NUMBER, PRECISION)
+            d_y_CW = product(lifted_CM, after, NUMBER)
+            d_lifted_CM = product(y_CW.to(OPERAND), tl.trans(after), NUMBER)
             for r in range(R):
                 head = group * R + r
                 x_CW = load_rows(x + head * W, x_stride, first, stop, cols, wanted, C)
                 z_CM = load_rows(z + head * M, H * M, first, stop, slots, present, C)
-                d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND, PRECISION)
-                d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND, PRECISION)
-                d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND), PRECISION)
+                d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND)
+                d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND)
+                d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND))
             d_memory *= leaving(fades, flag, M, M_PAD, True)[:, None]
             store_rows(d_y, d_y_CW, G * W, first, stop, cols, wanted, C)
             store_rows(d_lifted, d_lifted_CM, G * M, first, stop, slots, present, C)
             position += 1
-            if i % PER_SPAN == 0:
-                cross(crossing, d_memory, i, start, begin, owner, group, snapshots, initial, tokens,
-                      cols, wanted, COLUMN, G, M, W, X, C, SNAPSHOT, M_PAD, PACKED,
-                      NUMBER)  # fmt: skip
         elif x_tiles is not None:
             for place_back in range(position, steep):
-                i = count - 1 - place_back
-                place = (start - origin).to(tl.int32) + i * C
+                at = count - 1 - place_back
+                place = (start - origin).to(tl.int32) + at * C
                 y_CW = load_tile(y_tiles, row, group, place, part * BLOCK, C, BLOCK)
                 lifted_CM = load_tile(lifted_tiles, row, group, place, 0, C, M_PAD)
-                flag = (chunk + i) * G + group
+                flag = (chunk + at) * G + group
                 follows = place_back > position
                 before = flag + tl.where(follows, G, 0)
                 d_memory *= passing(fades, flag, before, follows, M, M_PAD, True)[:, None]
                 after = d_memory.to(OPERAND)
                 # One result after the other, each stored at once: they would not fit side by side.
-                d_lifted_CM = product(y_CW.to(OPERAND), tl.trans(after), NUMBER, PRECISION)
+                d_lifted_CM = product(y_CW.to(OPERAND), tl.trans(after), NUMBER)
                 for r in tl.static_range(R):
                     x_CW = load_tile(x_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
                     z_CM = load_tile(z_tiles, row, group * R + r, place, 0, C, M_PAD)
-                    d_lifted_CM = read_inside(
-                        x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND, PRECISION
-                    )
+                    d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND)
                     if r == 0:
-                        d_y_CW = product(lifted_CM, after, NUMBER, PRECISION)
+                        d_y_CW = product(lifted_CM, after, NUMBER)
                     if r == R - 1:
                         store_tile(d_lifted_tiles, d_lifted_CM, slice * batch + row, group, place,
                                    0, C, M_PAD)  # fmt: skip
-                    d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND, PRECISION)
-                    d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND), PRECISION)
+                    d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND)
+                    d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND))
                 store_tile(d_y_tiles, d_y_CW, row, group, place, part * BLOCK, C, BLOCK)
-                if i % PER_SPAN == 0:
-                    cross(crossing, d_memory * leaving(fades, flag, M, M_PAD, True)[:, None], i,
+                if at % PER_SPAN == 0:
+                    cross(crossing, d_memory * leaving(fades, flag, M, M_PAD, True)[:, None], at,
                           start, begin, owner, group, snapshots, initial, tokens, cols, wanted,
                           COLUMN, G, M, W, X, C, SNAPSHOT, M_PAD, PACKED, NUMBER)  # fmt: skip
             if position < steep:
                 position = steep
                 flag = (chunk + count - steep) * G + group
                 d_memory *= leaving(fades, flag, M, M_PAD, True)[:, None]
+        if singly & (i % PER_SPAN == 0):
+            cross(crossing, d_memory, i, start, begin, owner, group, snapshots, initial, tokens,
+                  cols, wanted, COLUMN, G, M, W, X, C, SNAPSHOT, M_PAD, PACKED,
+                  NUMBER)  # fmt: skip
     if d_initial is not None:
         if start == begin:
             store_memory(d_initial, owner * G + group, d_memory, X, M, COLUMN + cols, wanted,
@@ -239,7 +233,7 @@ def write_back_kernel(
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, UNIT: tl.constexpr, SNAPSHOT: tl.constexpr, M_PAD: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, FACTOR: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
+    OPERAND: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """`write_back_walk` over values and keys side by side."""
     program = tl.program_id(0)
@@ -251,7 +245,7 @@ def write_back_kernel(
             crossing,
             value_z_tiles, value_x_tiles, value_y_tiles, lifted_tiles, value_d_y_tiles,
             d_lifted_tiles, owners, bounds, tokens, batch, spans, value_x_stride, value_y_stride,
-            H, G, M, V, K + V, K, C, UNIT, SNAPSHOT, M_PAD, VALUE_BLOCK, FACTOR, OPERAND, PRECISION,
+            H, G, M, V, K + V, K, C, UNIT, SNAPSHOT, M_PAD, VALUE_BLOCK, FACTOR, OPERAND,
             PACKED, NUMBER,
         )  # fmt: skip
     else:
@@ -260,7 +254,7 @@ def write_back_kernel(
             steep_flags, d_final, ends, d_initial, key_snapshots, initial, final, key_d_y, d_lifted,
             crossing, key_z_tiles, key_x_tiles, key_y_tiles, lifted_tiles, key_d_y_tiles,
             d_lifted_tiles, owners, bounds, tokens, batch, spans, key_x_stride, key_y_stride,
-            H, G, M, K, K + V, 0, C, UNIT, SNAPSHOT, M_PAD, KEY_BLOCK, FACTOR, OPERAND, PRECISION,
+            H, G, M, K, K + V, 0, C, UNIT, SNAPSHOT, M_PAD, KEY_BLOCK, FACTOR, OPERAND,
             PACKED, NUMBER,
         )  # fmt: skip
 
@@ -278,7 +272,7 @@ def scan_walk(
     owners, bounds, tokens, y_stride,
     R: tl.constexpr, G: tl.constexpr, M: tl.constexpr, W: tl.constexpr, X: tl.constexpr,
     COLUMN: tl.constexpr, C: tl.constexpr, UNIT: tl.constexpr, M_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, OPERAND: tl.constexpr,
     BACKWARD: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment from an empty memory (BACKWARD: from no gradient behind it)."""
@@ -321,7 +315,7 @@ def scan_walk(
                 for r in tl.static_range(R):
                     y_CW = load_tile(y_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
                     u_CM = load_tile(u_tiles, row, group * R + r, place, 0, C, M_PAD)
-                    memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND), PRECISION)
+                    memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND))
             if position < halt:
                 position = halt
                 i = count - halt if BACKWARD else halt - 1
@@ -356,7 +350,7 @@ def scan_walk(
                     head = group * R + r
                     y_CW = load_rows(y + head * W, y_stride, first, stop, cols, wanted, C)
                     u_CM = load_rows(u + head * M, G * R * M, first, stop, slots, present, C)
-                    memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND), PRECISION)
+                    memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND))
                 fade = leaving(fades, flag, M, M_PAD, BACKWARD)
                 memory *= fade[:, None]
                 decay *= fade
@@ -374,7 +368,7 @@ def scan_kernel(
     owners, bounds, tokens, value_programs, key_y_stride, value_y_stride,
     R: tl.constexpr, G: tl.constexpr, M: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, UNIT: tl.constexpr, M_PAD: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, OPERAND: tl.constexpr,
     BACKWARD: tl.constexpr, PACKED: tl.constexpr, NUMBER: tl.constexpr,
 ):  # fmt: skip
     """`scan_walk` over values and keys side by side."""
@@ -383,14 +377,14 @@ def scan_kernel(
         scan_walk(
             program, value_u, value_y, log_forget, fades, steep_flags, local, decays,
             value_u_tiles, value_y_tiles, owners, bounds, tokens, value_y_stride,
-            R, G, M, V, K + V, K, C, UNIT, M_PAD, VALUE_BLOCK, OPERAND, PRECISION, BACKWARD, PACKED,
+            R, G, M, V, K + V, K, C, UNIT, M_PAD, VALUE_BLOCK, OPERAND, BACKWARD, PACKED,
             NUMBER,
         )  # fmt: skip
     else:
         scan_walk(
             program - value_programs, key_u, key_y, log_forget, fades, steep_flags, local, decays,
             key_u_tiles, key_y_tiles, owners, bounds, tokens, key_y_stride,
-            R, G, M, K, K + V, 0, C, UNIT, M_PAD, KEY_BLOCK, OPERAND, PRECISION, BACKWARD, PACKED,
+            R, G, M, K, K + V, 0, C, UNIT, M_PAD, KEY_BLOCK, OPERAND, BACKWARD, PACKED,
             NUMBER,
         )  # fmt: skip
 
