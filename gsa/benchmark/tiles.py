@@ -2,7 +2,7 @@
 
 import torch
 
-from gsa.ops.triton.plan import HEAD_TILES, TILES, walk_tile
+from gsa.ops.triton.plan import HEAD_TILES, TILES, walk_tile, warps_of
 from gsa.ops.triton.sizes import chunk_tokens, number_dtype
 from gsa.ops.triton.table import DTYPES, Row, power_of_two
 
@@ -34,19 +34,20 @@ def candidates(default: Row, shared: int) -> list[Row]:
     """Neighbours of the formula's row, nearest first.
 
     Blocks up to twice as wide or narrow as the formula's, 4 or 8 warps, 1 to 4 stages; without
-    those that cannot fit into registers or into `shared` bytes, and without a single stage where
-    the formula overlaps loads and work.
+    those that cannot fit into registers or into `shared` bytes, of too few warps (`warps_of`), and
+    a single stage where the formula overlaps loads and work.
     """
     found = []
     for block in BLOCKS:
         near = default.block // 2 <= block <= 2 * default.block
+        least = warps_of(default.kernel, block, default.dtype == "bf16")
         for warps in WARPS if near and block <= power_of_two(default.width) else ():
             for stages in STAGES:
                 row = default._replace(block=block, warps=warps, stages=stages)
                 fits = stages * stage_bytes(row) <= shared
                 overlaps = stages > 1 or default.stages == 1
                 held = block * row.slots <= MOST_NUMBERS * warps
-                if fits and overlaps and held and row != default:
+                if warps >= least and fits and overlaps and held and row != default:
                     found.append(row)
 
     def distance(row: Row) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from gsa.ops.triton import sizes, table
 from gsa.ops.triton.table import Row
 
 SMALL = Case(group="1.3B", name="1.3B 8x2048", H=2, G=1, K=40, V=40, M=5, B=1, T=20)
-FORMULA = Row("cpu", "contract", "fp32", 40, 16, 2, 64, 8, 1)
-FAST = {"contract": (64, 4, 1), "expand": (32, 8, 2)}
+FORMULA = Row("cpu", "contract", "fp32", 40, 16, 2, 64, 4, 1)
+FAST = {"contract": (64, 8, 1), "expand": (32, 8, 2)}
 """What the made-up meter finds fast, by kernel."""
 
 
@@ -87,7 +87,7 @@ def test_a_launch_is_timed_beside_the_formula_in_few_at_a_time(scripted):
     tune(scripted)
     races = scripted.meter.races
     assert all(race[0] == "formula" and len(race) <= 1 + trials.GROUP for race in races)
-    assert ("formula", "(64, 4, 1)") in races, "once more, by itself"
+    assert ("formula", "(64, 8, 1)") in races, "once more, by itself"
 
 
 def test_a_win_has_to_come_twice(scripted):
@@ -111,25 +111,25 @@ def test_wrong_and_failing_launches_are_recorded(scripted, monkeypatch, capsys):
 
     def sometimes(*inputs, **options):
         result = real(*inputs, **options)
-        if holds("contract", (64, 4, 1)):
+        if holds("contract", (64, 8, 1)):
             raise RuntimeError("out of resource: shared memory\nmore")
         if holds("expand", (32, 8, 2)):
             return result._replace(output=result.output * 1.01)
         if holds("expand", (32, 8, 1)):
             return result._replace(output=result.output * float("nan"))
-        if holds("expand", (64, 4, 1)) and options["cu_seqlens"] is not None:
+        if holds("expand", (64, 8, 1)) and options["cu_seqlens"] is not None:
             return result._replace(output=result.output * 0)
         return result
 
     monkeypatch.setattr(trials, "gated_slot_attention", sometimes)
-    monkeypatch.setitem(FAST, "expand", (64, 4, 1))
+    monkeypatch.setitem(FAST, "expand", (64, 8, 1))
     assert tune(scripted) == []
     printed = capsys.readouterr().out
     for words in (
-        "(64, 4, 1): failed: RuntimeError: out of resource: shared memory\n",
+        "(64, 8, 1): failed: RuntimeError: out of resource: shared memory\n",
         "(32, 8, 2): failed: ValueError: output is off by 0.01, by the formula ",
         "(32, 8, 1): failed: ValueError: output is off by nan",
-        "(64, 4, 1): packed sequences: failed: ValueError: output is off by 1, by the formula ",
+        "(64, 8, 1): packed sequences: failed: ValueError: output is off by 1, by the formula ",
     ):
         assert words in printed, words
 
@@ -153,7 +153,7 @@ def test_what_no_graph_can_hold_is_left_out(scripted, capsys):
         patch.setattr(trials.Contender, "forward_backward", watched)
         found = tune(replace(scripted, meter=Graphs()))
     assert [row.kernel for row in found] == ["expand"]
-    assert "(64, 4, 1): no graph: host sync" in capsys.readouterr().out
+    assert "(64, 8, 1): no graph: host sync" in capsys.readouterr().out
 
 
 def test_interruption_leaves_the_old_table(scripted, tmp_path):
@@ -241,8 +241,8 @@ def test_write_back_takes_its_warps_from_the_keys(machine):
     assert [row.width for row in defaults] == [40, 24] and len(list(tuner.defaults(SMALL))) == 4
     keys, values = defaults
     assert {row.warps for row in tuner.launches(keys, case, [])} == {4, 8}
-    assert {row.warps for row in tuner.launches(values, case, [])} == {8}
-    assert {row.warps for row in tuner.launches(values, case, [keys._replace(warps=4)])} == {4}
+    assert {row.warps for row in tuner.launches(values, case, [])} == {4}
+    assert {row.warps for row in tuner.launches(values, case, [keys._replace(warps=8)])} == {8}
 
 
 def test_a_single_wrong_number_is_seen(machine):

@@ -135,10 +135,11 @@ def test_gates_near_one_still_write(impl):
     inputs["log_forget"] = torch.nn.functional.logsigmoid(logit) / 8
     assert (1 - inputs["log_forget"].to(torch.bfloat16).exp()).abs().max() == 0
     got, exact = evaluate(gated_slot_attention, inputs, impl=impl), evaluate(oracle, inputs)
-    # What the kernels write is rounded to bf16 once, to half of its last bit.
-    most = 2**-9 if impl == "triton" else 1e-5
-    assert max(errors(got["memory"], exact["memory"])) < most
-    assert max(errors(got["output"], exact["output"])) < 4e-3
+    # The kernels round to bf16, to half of its last bit: what they write, and for the output the
+    # memory, the weights and the output too.
+    of_memory, of_output = (2**-9, 4 * 2**-9) if impl == "triton" else (1e-5, 4e-3)
+    assert max(errors(got["memory"], exact["memory"])) < of_memory
+    assert max(errors(got["output"], exact["output"])) < of_output
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=names)

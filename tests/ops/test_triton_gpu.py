@@ -70,7 +70,10 @@ def test_real_widths_within_the_budget(dtype, gate):
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [(512, 512, 64), (64, 64, 256), (1000, 3, 200), (512, 128, 256)])
+@pytest.mark.parametrize(
+    "size",
+    [(512, 512, 64), (64, 64, 256), (1000, 3, 200), (512, 128, 256), (64, 3, 128), (32, 16, 64)],
+)
 def test_widths_that_fill_a_program(dtype, size):
     """Registers and shared memory suffice for every block that is launched."""
     K, V, M = size

@@ -38,7 +38,7 @@ def prepare(plan: Plan) -> Gates:
     plan.launch(
         "prepare", gates.prepare_kernel, plan.chunks * G,
         (plan.log_forget, plan.write, lifted, fades, steep, plan.chunk_owners, plan.bounds, plan.T),
-        lambda: recipe.common | dict(num_warps=recipe.warps),
+        lambda: recipe.common | dict(num_warps=recipe.prepare_warps),
     )  # fmt: skip
     return Gates(lifted, fades, steep)
 

@@ -42,7 +42,7 @@ TILES = {"contract": (2, 1), "expand": (1, 2), "write_back": (1, 1), "scan": (0,
 HEAD_TILES = {"contract": 0, "expand": 0, "write_back": 1, "scan": 1}
 """Pairs of tiles that a stage loads for every query head of a group."""
 
-MEMORY_NUMBERS = {torch.bfloat16: 8192, torch.float16: 2048, torch.float32: 4096}
+MEMORY_NUMBERS = {torch.bfloat16: 8192, torch.float16: 2048, torch.float32: 2048}
 """What a program holds of the memory, in registers."""
 
 
@@ -60,17 +60,24 @@ def walk_tile(
     if low and (kernel == "expand" or (HEAD_TILES[kernel] and heads > 1)):
         most = 64
     columns = min(most, MEMORY_NUMBERS[dtype] // padded, triton.next_power_of_2(width))
-    block, warps = max(16, columns), 8 if dtype == torch.float32 else 4
+    block = max(16, columns)
     if not low or heads * HEAD_TILES[kernel] > 4:
-        return Tile(block, warps, 1)
+        return Tile(block, warps_of(kernel, block, low), 1)
     columns, rows = (n + heads * HEAD_TILES[kernel] for n in TILES[kernel])
     while True:
         stage = 2 * 64 * (columns * block + rows * padded)
         beside = 4 * padded * block + 4 * 64 * max(padded, block)  # results on their way out
         stages = (shared - beside) // stage
         if stages > 0 or block == 16:
+            warps = warps_of(kernel, block, low)
             return Tile(block, warps, max(1, min(stages, STAGES[kernel])))
         block //= 2
+
+
+def warps_of(kernel: str, block: int, low: bool) -> int:
+    """4, a warpgroup of Hopper's; 8 where ptxas 12.8 makes wrong code of `expand_kernel` with 4: in
+    narrow tiles of bf16 it reads a register that nothing has written, part of an address."""
+    return 8 if low and kernel == "expand" and block < 64 else 4
 
 
 @cache
@@ -93,7 +100,9 @@ class Recipe:
         self.number = tl.float64 if dtype == torch.float32 else tl.float32
         self.operand = tl.bfloat16 if self.operand_dtype == torch.bfloat16 else self.number
         self.factor = tl.float16 if dtype == torch.float16 else self.operand
-        self.warps = 8 if dtype == torch.float32 else 4
+        self.prepare_warps = 8 if dtype == torch.float32 else 4
+        # Sums in fp64 spill. Left to itself, ptxas then gives them 64 registers and wrong results.
+        self.limits = dict(maxnreg=255) if dtype == torch.float32 else {}
         self.programs = Programs()
         self.tile = cache(self._tile)
         self.walk = cache(self._walk)
@@ -120,7 +129,7 @@ class Recipe:
         return self.common | dict(
             H=self.kind.H, W=width, X=self.kind.K + self.kind.V, COLUMN=column,
             UNIT=self.kind.unit, SNAPSHOT=self.kind.span, BLOCK=block, OPERAND=self.operand,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **self.limits,
         )  # fmt: skip
 
     def walk_both(self, kernel: str) -> dict[str, object]:
@@ -130,6 +139,7 @@ class Recipe:
         return self.common | dict(
             K=n.K, V=n.V, UNIT=n.unit, KEY_BLOCK=keys.block, VALUE_BLOCK=values.block,
             OPERAND=self.operand, num_warps=keys.warps, num_stages=min(keys.stages, values.stages),
+            **self.limits,
         )  # fmt: skip
 
 

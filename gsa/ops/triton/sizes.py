@@ -19,10 +19,11 @@ def number_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_tokens(dtype: torch.dtype, M: int) -> int:
-    """Tokens that are multiplied with each other as one tile; fewer where tiles are of fp64."""
+    """Tokens that are multiplied with each other as one tile; fewer where tiles are large: those of
+    decays are fp64 for fp32 and fp32 for fp16."""
     if dtype == torch.float32:
         return 32 if M <= 64 else 16
-    return 64
+    return 32 if dtype == torch.float16 and M > 128 else 64
 
 
 def span_tokens() -> int:
