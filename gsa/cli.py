@@ -81,7 +81,8 @@ def add_fields(
             options["metavar"] = field.name.upper()
             parser.add_argument(field.name, **options)
         else:
-            flag = "--" + field.name.replace("_", "-")
+            no = "no-" if options.get("action") == "store_false" else ""
+            flag = f"--{no}{field.name.replace('_', '-')}"
             parser.add_argument(flag, dest=field.name, required=required, **options)
 
 

@@ -1,38 +1,49 @@
 """Checkpoints: folders of safetensors and JSON, complete or absent; no pickle anywhere.
 
     checkpoints/step-00000200/
-        config.json, model.safetensors, tokenizer files    the model, for from_pretrained
-        optimizer.safetensors     AdamW's moments by parameter name
-        rng.safetensors           torch's random number generators, uint8
-        state.json                step, position in the data, counters; the run's settings
-        manifest.json             size and SHA-256 of each of these files; written last
+        config.json, tokenizer files         the model's, for from_pretrained
+        model.safetensors                    its weights
+        optimizer.safetensors                the optimizer's moments by parameter name
+        rng.safetensors                      torch's random number generators, uint8
+        state.json                           step, position in the data, counters; settings
+        manifest.json                        size and SHA-256 of each of these files; written last
 
-A save goes to `step-00000200.incomplete`, is forced to disk, and then renamed. One process
-writes; what it writes is keyed by parameter name, as a sharded writer would.
+Of several processes, weights and moments are in `shards/`, a file of each process with the parts
+that it holds, and `rng-00000.safetensors`, ... are as many. Both kinds are read by any number of
+processes.
+
+A save goes to `step-00000200.incomplete`, is forced to disk, and then renamed.
 """
 
 import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from gsa.training.distributed import Team
 from gsa.training.errors import RunError
-from gsa.training.export import WEIGHTS, saved_tensors, write_model
+from gsa.training.export import saved_tensors, write_model
 from gsa.training.files import files_under, sha256, sync, write_json
-from gsa.training.optimizer import Optimizers, flat_state, load_flat_state
+from gsa.training.optimizer import Optimizers, empty_state, flat_state
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 INCOMPLETE = ".incomplete"
+SHARDS = "shards"
+RNG = "rng"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -47,17 +58,40 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
-    def restore(self, model: nn.Module, optimizer: Optimizers) -> None:
-        """Put weights, optimizer state and random number generators back, bit for bit."""
-        weights = load_file(self.folder / WEIGHTS)
-        with torch.no_grad():
-            for name, target in saved_tensors(model).items():
-                target.copy_(weights[name])
-        load_flat_state(model, optimizer, load_file(self.folder / "optimizer.safetensors"))
-        rng = load_file(self.folder / "rng.safetensors")
+    def restore(self, model: nn.Module, optimizer: Optimizers, team: Team) -> None:
+        """Put weights, optimizer state and random number generators back, bit for bit.
+
+        Whatever number of processes wrote it, each process of `team` reads the shares that it has.
+        """
+        read_tensors(
+            self.folder,
+            lambda stored: {**saved_tensors(model), **empty_state(model, optimizer, stored)},
+            team,
+        )
+        generators = sorted(self.folder.glob(f"{RNG}*.safetensors"))
+        rng = load_file(generators[team.rank % len(generators)])
         torch.set_rng_state(rng["torch"])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
+
+
+def read_tensors(
+    folder: Path,
+    wanted: Callable[[dict[str, TensorStorageMetadata]], dict[str, Tensor]],
+    team: Team,
+) -> dict[str, Tensor]:
+    """Fills tensors, whole or a process's shares of them, from a checkpoint's files.
+
+    wanted: from sizes and dtypes of all that is stored, by name, to the tensors to fill.
+    """
+    shards = folder / SHARDS
+    reader = HuggingFaceStorageReader(str(shards if shards.is_dir() else folder))
+    tensors = wanted(reader.read_metadata().state_dict_metadata)  # pyright: ignore
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        alone = team.mesh is None
+        dcp.load(tensors, storage_reader=reader, process_group=team.savers, no_dist=alone)
+    return tensors
 
 
 def save_checkpoint(
@@ -69,44 +103,73 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of state["step"], then drop all but the newest `keep`.
+    """Write the checkpoint of state["step"] whole, then drop all but the newest `keep`.
 
     RunError if it cannot be written (a full disk): what was half-written is removed, the earlier
     checkpoints stay.
     """
     folder = checkpoints / f"step-{state['step']:08d}"
-    partial = folder.with_name(folder.name + INCOMPLETE)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = begin(folder)
         write_model(partial, model, tokenizer)
         save_file(flat_state(model, optimizer), partial / "optimizer.safetensors")
-        save_file(_rng_state(model), partial / "rng.safetensors")
+        save_file(rng_state(model), partial / f"{RNG}.safetensors")
         write_json(partial / STATE, state)
-        listed = {}
-        for path in files_under(partial):
-            sync(path)
-            name = path.relative_to(partial).as_posix()
-            listed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        write_json(partial / MANIFEST, {"format": "gsa-checkpoint", "version": 1, "files": listed})
-        sync(partial)
-        if folder.exists():  # a damaged one, that the run went back behind
-            shutil.rmtree(folder)
-        partial.rename(folder)
-        sync(checkpoints)
+        publish(folder, digest(partial, files_under(partial)))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = [path for _, path in _complete(checkpoints)]
-        last = f"the last good one is {kept[0]}" if kept else "there is no earlier one"
-        raise RunError(
-            f"{folder}: the checkpoint could not be saved ({error}); {last}; make room and run the "
-            "same command again"
-        ) from error
+        raise give_up(folder, error) from error
+    prune(checkpoints, keep)
+    return folder
+
+
+def begin(folder: Path) -> Path:
+    """An empty folder beside `folder`, to write into."""
+    partial = beside(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def digest(partial: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Forces files to disk; their entries of the manifest."""
+    entries = {}
+    for path in paths:
+        sync(path)
+        name = path.relative_to(partial).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entries
+
+
+def publish(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """The manifest, and then the name that makes what was written beside it a checkpoint."""
+    partial = beside(folder)
+    write_json(partial / MANIFEST, {"format": "gsa-checkpoint", "version": 1, "files": files})
+    for inner in [path for path in partial.rglob("*") if path.is_dir()]:
+        sync(inner)
+    sync(partial)
+    if folder.exists():  # a damaged one, that the run went back behind
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
+def give_up(folder: Path, error: object) -> RunError:
+    """Removes what was half-written; the error that says so."""
+    shutil.rmtree(beside(folder), ignore_errors=True)
+    kept = [path for _, path in _complete(folder.parent)]
+    last = f"the last good one is {kept[0]}" if kept else "there is no earlier one"
+    return RunError(
+        f"{folder}: the checkpoint could not be saved ({error}); {last}; make room and run the "
+        "same command again"
+    )
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Drop all but the newest `keep`."""
     for _, old in _complete(checkpoints)[keep:]:
         # Renamed first, so that a crash half-way through leaves nothing that looks complete.
-        doomed = old.rename(old.with_name(old.name + INCOMPLETE))
+        doomed = old.rename(beside(old))
         shutil.rmtree(doomed, ignore_errors=True)
-    return folder
 
 
 def find_checkpoint(checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -167,6 +230,11 @@ def newest_step(checkpoints: Path) -> int:
     return found[0][0] if found else -1
 
 
+def beside(folder: Path) -> Path:
+    """Where a checkpoint is until it is whole."""
+    return folder.with_name(folder.name + INCOMPLETE)
+
+
 def _complete(checkpoints: Path) -> list[tuple[int, Path]]:
     """(step, folder) of renamed checkpoints, newest first."""
     found = []
@@ -177,7 +245,8 @@ def _complete(checkpoints: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def _rng_state(model: nn.Module) -> dict[str, Tensor]:
+def rng_state(model: nn.Module) -> dict[str, Tensor]:
+    """The states of torch's generators in this process."""
     state = {"torch": torch.get_rng_state()}
     if next(model.parameters()).is_cuda:
         state["cuda"] = torch.cuda.get_rng_state()

@@ -55,7 +55,7 @@ class TrainConfig:
     seq_len: int = 1024
     """Tokens per row; the memory starts empty at each row and each document."""
     rows: int = 8
-    """Rows per forward and backward pass."""
+    """Rows per forward and backward pass, of all processes together."""
     accumulation: int = 1
     """Passes per step; the loss is the mean over the tokens of all of them."""
     steps: int = 1000
@@ -84,7 +84,11 @@ class TrainConfig:
     """Skip a step whose gradient norm exceeds so many times the median of the last 100; inf for
     none. The first 100 steps are never skipped for that."""
     dtype: Dtype = "fp32"
-    """bf16: weights stay fp32, matrix products of the forward pass run in bf16 (autocast)."""
+    """bf16: matrix products of the forward pass run in bf16 (autocast; with several processes all
+    of it that is not kept in fp32 for a reason)."""
+    master_weights: bool = True
+    """With bf16, keep weights and the optimizer's moments in fp32, else in bf16: a third of the
+    memory, but steps below a weight's rounding are lost."""
     recompute: int = 0
     """Keep no activations within every so-manieth block, but compute them again in the backward
     pass: 1 for all blocks (least memory), 0 for none."""
@@ -134,11 +138,14 @@ class TrainConfig:
             if getattr(self, name) not in get_args(kinds):
                 expected = f"one of {get_args(kinds)}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile: expected true or false, got {self.compile!r}")
+        for name in ("compile", "master_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.dtype == "fp32" and not self.master_weights:
+            raise ValueError("master_weights: expected true with dtype fp32; or take dtype bf16")
         if self.decay > 1:
             raise ValueError(f"decay: expected a number in (0, 1], got {self.decay}")
         if self.seq_len < 2:

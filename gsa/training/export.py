@@ -1,11 +1,13 @@
 """A model as a folder that `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer` open."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from gsa.training.files import WEIGHTS, files_under, sync
 
@@ -15,23 +17,35 @@ def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
 
     Weights of tied parameters are written once. The files are not forced to disk.
     """
+    write_config(folder, model, tokenizer)
+    write_weights(folder, saved_tensors(model))
+
+
+def write_config(folder: Path, model: Any, tokenizer: Path) -> None:
+    """All of `write_model` but the weights."""
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    model.config.architectures = [type(model).__name__]
+    # A sharded model is of a class made for it.
+    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    model.config.architectures = [kind.__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    weights = {name: t.detach().contiguous() for name, t in saved_tensors(model).items()}
+
+
+def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """model.safetensors beside a config.json."""
+    weights = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes files for their owner alone; a model is to be as readable as its config.
     shutil.copymode(folder / "config.json", folder / WEIGHTS)
 
 
-def export_model(folder: Path, model: Any, tokenizer: Path) -> None:
-    """`write_model` into a folder that holds other things, the weights appearing last and whole."""
+def export_into(folder: Path, write: Callable[[Path], None]) -> None:
+    """What `write` writes into a folder, into one that holds other things; the weights last."""
     beside = folder / ".model.incomplete"
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir()
-        write_model(beside, model, tokenizer)
+        write(beside)
         paths = sorted(files_under(beside), key=lambda path: path.name == WEIGHTS)
         for path in paths:
             sync(path)

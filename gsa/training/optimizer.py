@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gsa.training.config import TrainConfig
 
@@ -97,26 +98,33 @@ def flat_state(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:
     }
 
 
-def load_flat_state(model: nn.Module, optimizer: Optimizers, state: dict[str, Tensor]) -> None:
-    """Put a `flat_state` back; ValueError unless it has exactly this model's parameters and shapes.
+def empty_state(
+    model: nn.Module, optimizer: Optimizers, stored: dict[str, TensorStorageMetadata]
+) -> dict[str, Tensor]:
+    """Gives the optimizer zeros for the `flat_state` that is stored, and returns them to be filled.
 
-    No state at all is that of an optimizer that has not stepped yet.
+    ValueError unless that has exactly this model's parameters and shapes. No state at all is that
+    of an optimizer that has not stepped yet.
     """
-    if not state:
-        return
+    entries = {key: value for key, value in stored.items() if key.startswith("state.")}
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    found = {key.removeprefix("state.").rpartition(".")[0] for key in state}
-    if found != trained:
+    found = {key.removeprefix("state.").rpartition(".")[0] for key in entries}
+    if found and found != trained:
         odd = ", ".join(sorted(found ^ trained))
         raise ValueError(f"optimizer state: expected this model's parameters, differing in: {odd}")
-    for key, value in state.items():
+    state = {}
+    for key, entry in entries.items():
         name, _, moment = key.removeprefix("state.").rpartition(".")
         parameter = parameters[name]
-        if moment != "step" and value.shape != parameter.shape:
+        if moment == "step":
+            value = torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
+        elif entry.size == parameter.shape:
+            value = torch.zeros_like(parameter, dtype=entry.properties.dtype, requires_grad=False)
+        else:
             raise ValueError(
                 f"optimizer state: {key}: expected shape {list(parameter.shape)}, got "
-                f"{list(value.shape)}"
+                f"{list(entry.size)}"
             )
-        # A copy: the value may be a view of the checkpoint's file, which will be deleted.
-        optimizer.state_of(parameter)[moment] = value.to(parameter.device, copy=True)
+        optimizer.state_of(parameter)[moment] = state[key] = value
+    return state

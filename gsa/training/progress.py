@@ -17,12 +17,16 @@ _FREQUENT_FOR = 600.0  # seconds; a log of days is read too
 
 
 class Display:
-    """Writes to stderr, so that stdout stays free for results. Used inside a `with`."""
+    """Writes to stderr, so that stdout stays free for results. Used inside a `with`.
 
-    def __init__(self, steps: int) -> None:
+    shown: False writes nothing; of several processes one shows how far they are.
+    """
+
+    def __init__(self, steps: int, *, shown: bool = True) -> None:
         self._steps = steps
+        self._shown = shown
         console = Console(stderr=True)
-        self._bar = _Bar(steps, console) if console.is_interactive else None
+        self._bar = _Bar(steps, console) if shown and console.is_interactive else None
         self._started = 0.0
         self._counted_from: tuple[int, float] | None = None  # (step, when it was done)
         self._seconds_before: float | None = 0.0  # of the line before, if known
@@ -47,7 +51,7 @@ class Display:
         """A line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        else:
+        elif self._shown:
             print(text, file=sys.stderr, flush=True)
 
     def resumed_at(self, step: int) -> None:

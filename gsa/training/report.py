@@ -11,11 +11,13 @@ from safetensors import SafetensorError
 import gsa
 from gsa.data import TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
+from gsa.model import GSAForCausalLM
 from gsa.training.config import TrainConfig
 from gsa.training.curves import short_number, smoothed, smoothing
 from gsa.training.errors import RunError
-from gsa.training.export import export_model
-from gsa.training.files import write_text
+from gsa.training.export import export_into, write_model
+from gsa.training.export_run import write_from_checkpoint
+from gsa.training.files import CHECKPOINTS, write_text
 from gsa.training.metrics import read_metrics
 
 CURVE = "curve.png"
@@ -155,10 +157,16 @@ def finish(
 ) -> None:
     """Put the final model, the curve and, last, the report into the run folder.
 
-    RunError if there is no room for them; the checkpoints are untouched.
+    model: None takes it from the last checkpoint, onto the CPU. RunError if there is no room; the
+    checkpoints are untouched.
     """
+    last = folder / CHECKPOINTS / f"step-{state['step']:08d}"
     try:
-        export_model(folder, model, train.tokenizer_folder)
+        if model is None:
+            export_into(folder, lambda beside: write_from_checkpoint(beside, last))
+            model = GSAForCausalLM.from_pretrained(folder)
+        else:
+            export_into(folder, lambda beside: write_model(beside, model, train.tokenizer_folder))
         draw_curve(folder, token_unit(train))
     except (OSError, SafetensorError) as error:
         raise RunError(

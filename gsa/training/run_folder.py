@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from gsa.data import TokenShards
 from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
-from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS
+from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, write_json
 from gsa.training.lock import LOCK
-from gsa.training.report import REPORT
+from gsa.training.report import REPORT, versions
+
+_DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
 
 
 def open_run_folder(out: str) -> Path:
@@ -43,10 +46,11 @@ def check_same_run(
 ) -> None:
     """RunError unless `recorded` (its "config" and "fingerprints") is a run of the same settings.
 
-    Names each field that differs. Fields in `FREE_TO_CHANGE` may; shards may have moved but must
-    hold the same tokens; a validation set may be added to a run that had none.
+    Names each field that differs; one that the record does not know yet had its default. Fields in
+    `FREE_TO_CHANGE` may; shards may have moved but must hold the same tokens; a validation set may
+    be added to a run that had none.
     """
-    before, now = recorded["config"], config.fixed()
+    before, now = {**_DEFAULTS, **recorded["config"]}, config.fixed()
     differing = [
         f"{key}: {before.get(key)!r} there, {now[key]!r} asked"
         for key in now
@@ -63,6 +67,32 @@ def check_same_run(
                 f"{name}: {where} was made with other shards (fingerprint {found[:12]} there, "
                 f"{data[name][:12] or 'none'} asked); give the same shards, or choose another out"
             )
+
+
+def begin(
+    folder: Path,
+    config: TrainConfig,
+    data: dict[str, str],
+    resume: str,
+    command: str,
+    say: Callable[[str], None],
+) -> tuple[bool, Checkpoint | None]:
+    """Whether the run is finished, and the checkpoint to go on from; writes a new run's train.json.
+
+    data: the `fingerprints` of its shards. RunError as from `check_same_run`, `starting_point`.
+    """
+    settings = read_settings(folder)
+    if is_finished(folder) and resume == "auto":
+        check_same_run(folder, settings, config, data)
+        say(f"{folder} is complete: nothing to do")
+        return True, None
+    start = starting_point(folder, resume, say)
+    if start is not None:
+        check_same_run(start.folder, start.state, config, data)
+    if start is None or not settings:
+        settings = {"command": command, "config": config.to_dict(), "fingerprints": data}
+        write_json(folder / SETTINGS, {**settings, "versions": versions()})
+    return False, start
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

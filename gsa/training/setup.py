@@ -1,10 +1,14 @@
-"""What a run needs before it starts: the model's configuration and the device, or a clear error."""
+"""What a run needs before it starts: the model and the device, or a clear error."""
+
+from typing import Any
 
 import torch
 
 from gsa.data import TokenShards
-from gsa.model import GSAConfig
+from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.training.blocks import prepare_blocks
 from gsa.training.config import TrainConfig
+from gsa.training.distributed import Team
 
 
 def build_model_config(
@@ -40,12 +44,41 @@ def _tokenizer_of(shards: TokenShards) -> tuple[object, ...]:
     return shards.vocab_size, shards.eos_id, definition.is_file() and definition.read_bytes()
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ValueError if there is no such device here."""
+def pick_device(name: str, team: Team) -> torch.device:
+    """The device of that name, or a GPU per process; ValueError if there is no such device here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} asked, but torch {torch.__version__} sees no CUDA device")
-    return device
+    if team.mesh is None or device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ValueError(f"device: expected cuda with several processes (a GPU each), got {name}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_rows(config: TrainConfig, team: Team) -> None:
+    """ValueError unless every process gets as many rows."""
+    if config.rows % team.world:
+        raise ValueError(
+            f"rows: expected a multiple of {team.world}, the number of processes, got "
+            f"{config.rows}; rows · accumulation decides what a step is, so change both"
+        )
+
+
+def build_model(
+    config: TrainConfig, model_config: GSAConfig, device: torch.device, team: Team
+) -> Any:
+    """The model with its initial weights, the same for any number of processes, ready to train."""
+    torch.manual_seed(config.seed)
+    model: Any = GSAForCausalLM(model_config)
+    if not config.master_weights:
+        model.to(torch.bfloat16)
+    if team.mesh is None:
+        model.to(device)
+    model.train()
+    prepare_blocks(model, config)
+    team.shard(model, config)  # moves it to the device, too, block by block
+    return model

@@ -17,9 +17,9 @@ from gsa.data import Batch, PackedRows, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import RunError, train
 from gsa.training.blocks import prepare_blocks
-from gsa.training.loop import NORMS
 from gsa.training.objective import next_token, num_targets
 from gsa.training.optimizer import build_optimizer, decay_groups
+from gsa.training.state import NORMS
 
 
 def of_kind(config, kind):
