@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from gsa.training.checkpoint import read_tensors
+from gsa.training.distributed import Team
 from gsa.training.objective import next_token
 
 ROOT = Path(__file__).parent.parent
@@ -21,15 +23,48 @@ from gsa.training import TrainConfig, train
 train(TrainConfig(**json.loads(sys.argv[1])))
 """
 
+TEAM = """
+import json, sys
+import torch.distributed as dist
+from gsa.training import TrainConfig, train
+from training_runs import OBJECTIVES
+dist.init_process_group("gloo")
+for settings, resume, objective, *more in json.loads(sys.argv[1]):
+    made = OBJECTIVES[objective](*more)
+    train(TrainConfig(**settings), resume=resume, objective=made)
+dist.destroy_process_group()
+"""
+
 
 def start(config, program=DRIVER):
     """A process that trains; same threads as here, so that its numbers are the same."""
     return start_command([sys.executable, "-c", program, json.dumps(config.to_dict())])
 
 
+def torchrun(processes, arguments, *options):
+    """A launch of several processes on this machine; no options: a port of its own."""
+    chosen = options or ("--standalone",)
+    torch_run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return start_command([*torch_run, *chosen, *arguments])
+
+
+def in_teams(processes, *runs, options=()):
+    """Trains several runs one after another in one launch; a run is what `TEAM` takes apart."""
+    plain = [(config.to_dict(), *rest) for config, *rest in runs]
+    driver = ["--no-python", sys.executable, "-c", TEAM, json.dumps(plain)]
+    return torchrun(processes, driver, *options)
+
+
+def succeeded(process):
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output + errors
+
+
 def start_command(command):
     threads = str(torch.get_num_threads())
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -58,6 +93,48 @@ def stopped_at(call):
     return objective
 
 
+def is_second():
+    return torch.distributed.get_rank() == 1
+
+
+def never_finite():
+    """An objective of which no step is taken."""
+    return lambda model, batch: next_token(model, batch) * float("nan")
+
+
+def infinite_at(step):
+    """An objective that is not finite in that step, in the second process alone."""
+    calls = []
+
+    def objective(model, batch):
+        calls.extend([batch] if model.training else [])
+        here = model.training and len(calls) == step and is_second()
+        return next_token(model, batch) * (float("inf") if here else 1)
+
+    return objective
+
+
+def recorded(folder):
+    """An objective that writes down the tokens of each pass, a file per process."""
+
+    def objective(model, batch):
+        if model.training:
+            with (Path(folder) / f"tokens-{torch.distributed.get_rank()}").open("a") as file:
+                print(*batch.input_ids[0].tolist(), file=file)
+        return next_token(model, batch)
+
+    return objective
+
+
+OBJECTIVES = {
+    "next token": lambda: next_token,
+    "stopped at": lambda call: stopped_at(call) if is_second() else next_token,
+    "never finite": never_finite,
+    "infinite at": infinite_at,
+    "recorded": recorded,
+}
+
+
 def losses(folder):
     """(kind, step, loss) of every line of metrics.jsonl."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
@@ -67,6 +144,19 @@ def losses(folder):
         else ("loss", row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"])
         for row in rows
     ]
+
+
+def tensors_of(checkpoint):
+    """All weights and moments of a checkpoint, whole."""
+    return read_tensors(
+        Path(checkpoint),
+        lambda stored: {
+            name: torch.zeros(entry.size, dtype=entry.properties.dtype)
+            for name, entry in stored.items()
+            if name not in ("torch", "cuda")
+        },
+        Team(),
+    )
 
 
 def assert_same_run(folder, other):

@@ -9,6 +9,7 @@ import signal
 import time
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,7 +178,11 @@ class Trainer:
             done = f"saved step {self.at.step} of {self.config.steps}"
             display.say(f"{name}: {done}; the same command goes on from there")
             return TrainResult(folder=folder, status="stopped", step=self.at.step, signal=received)
-        self.team.ask_first(lambda: self._finish(folder, command))
+        finish_run = partial(
+            finish, folder, config=self.config, model=self.model, train=self.rows.shards,
+            validation=self.validation, state=asdict(self.at), command=command,
+        )  # fmt: skip
+        self.team.ask_first(finish_run)
         display.say(f"finished: {folder / run_folder.REPORT}")
         return TrainResult(
             folder=folder, status="finished", step=self.at.step, val_loss=self.at.val_loss
@@ -298,14 +303,3 @@ class Trainer:
             "config": self.config.to_dict(),
             "fingerprints": run_folder.fingerprints(self.rows.shards, self.validation),
         }
-
-    def _finish(self, folder: Path, command: str) -> None:
-        finish(
-            folder,
-            config=self.config,
-            model=self.model if self.team.mesh is None else None,
-            train=self.rows.shards,
-            validation=self.validation,
-            state=asdict(self.at),
-            command=command,
-        )

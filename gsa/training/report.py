@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule
+from transformers.utils import logging
 
 import gsa
 from gsa.data import TokenShards
@@ -157,14 +159,14 @@ def finish(
 ) -> None:
     """Put the final model, the curve and, last, the report into the run folder.
 
-    model: None takes it from the last checkpoint, onto the CPU. RunError if there is no room; the
-    checkpoints are untouched.
+    A sharded model is taken from the last checkpoint. RunError if there is no room; the checkpoints
+    are untouched.
     """
+    sharded = isinstance(model, FSDPModule)
     last = folder / CHECKPOINTS / f"step-{state['step']:08d}"
     try:
-        if model is None:
+        if sharded:
             export_into(folder, lambda beside: write_from_checkpoint(beside, last))
-            model = GSAForCausalLM.from_pretrained(folder)
         else:
             export_into(folder, lambda beside: write_model(beside, model, train.tokenizer_folder))
         draw_curve(folder, token_unit(train))
@@ -175,7 +177,8 @@ def finish(
         ) from error
     continuation = ""
     if config.prompt:
-        continuation = sample(model, train.load_tokenizer(), config.prompt, config.seed)
+        speaker = _load(folder, model.device) if sharded else model
+        continuation = sample(speaker, train.load_tokenizer(), config.prompt, config.seed)
     text = report_text(
         config,
         model=model,
@@ -186,6 +189,16 @@ def finish(
         continuation=continuation,
     )
     write_text(folder / REPORT, text)
+
+
+def _load(folder: Path, device: torch.device) -> Any:
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return GSAForCausalLM.from_pretrained(folder).to(device)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _sources(shards: TokenShards, unit: str) -> str:

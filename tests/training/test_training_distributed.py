@@ -1,0 +1,302 @@
+"""Several processes, started by torchrun: the same run as in one, but for rounding."""
+
+import shutil
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import (
+    in_teams,
+    losses,
+    never_finite,
+    stopped_at,
+    succeeded,
+    tensors_of,
+)
+from transformers import AutoModelForCausalLM
+
+from gsa.data import PackedRows, TokenShards
+from gsa.recipes import tiny
+from gsa.training import RunError, TrainConfig, train
+from gsa.training.distributed import Team
+from gsa.training.export_run import ExportConfig, export_run
+from gsa.training.setup import check_rows
+
+STOP = "checkpoints/step-00000007"
+END = "checkpoints/step-00000012"
+
+
+class Runs:
+    """Configs of one small run in folders of their own, named <processes>-<what>."""
+
+    def __init__(self, shards, folder):
+        self.folder = folder
+        train_shards, valid = map(str, shards)
+        self.base = replace(tiny(), data=train_shards, validation=valid, steps=12, warmup=2,
+                            checkpoint_interval=5, validation_interval=5,
+                            validation_rows=12)  # fmt: skip
+
+    def __call__(self, name, **changes) -> TrainConfig:
+        model = self.base.model | changes.pop("model", {})
+        return replace(self.base, out=str(self.folder / name), model=model, **changes)
+
+    def at(self, name, inner=""):
+        return self.folder / name / inner
+
+
+UNEVEN = {"model": {"gate": "data_independent"}}  # [2 heads, 8 slots]: fewer rows than processes
+VARIANTS = {
+    "recomputed": {"recompute": 1, "accumulation": 2},
+    "muon": {"optimizer": "muon"},
+    "bf16": {"dtype": "bf16"},
+    "half": {"dtype": "bf16", "master_weights": False},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(shard_folders, tmp_path_factory):
+    """Runs of one process: whole, in two and four passes a step, stopped in step 7, variants."""
+    made = Runs(shard_folders, tmp_path_factory.mktemp("runs"))
+    for name, parts in (("1-whole", 1), ("1-halves", 2), ("1-quarters", 4)):
+        train(made(name, rows=4 // parts, accumulation=parts))
+    train(made("1-stopped"), objective=stopped_at(10))  # 7 steps and 3 batches of validation
+    for name, changes in {**VARIANTS, "uneven": UNEVEN}.items():
+        train(made(f"1-{name}", **changes))
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair(runs):
+    """The same in two processes, and what goes on from checkpoints."""
+    ones, twos = (str(runs.at(f"{n}-stopped", STOP)) for n in (1, 2))
+    plain = ("auto", "next token")
+    said = succeeded(
+        in_teams(
+            2,
+            (runs("2-whole"), "auto", "recorded", str(runs.folder)),
+            # The second process alone gets the signal: 7 steps and 2 batches of validation.
+            (runs("2-stopped"), "auto", "stopped at", 9),
+            (runs("2-on"), twos, "next token"),
+            (runs("2-on-from-1"), ones, "next token"),
+            (runs("2-frozen-from-1"), ones, "never finite"),
+            (runs("2-skipping"), "auto", "infinite at", 3),
+            *[(runs(f"2-{name}", **changes), *plain) for name, changes in VARIANTS.items()],
+        )
+    )
+    return said
+
+
+@pytest.fixture(scope="module")
+def hosts(runs, pair):
+    """The same in four processes, started as two hosts of two would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    tasks = (
+        (runs("2x2-passes", accumulation=2), "auto", "next token"),
+        (runs("2x2-on-from-1"), str(runs.at("1-stopped", STOP)), "next token"),
+        (runs("2x2-frozen-from-2"), str(runs.at("2-stopped", STOP)), "never finite"),
+    )
+    started = [in_teams(2, *tasks, options=(*where, "--node-rank", str(i))) for i in (0, 1)]
+    return "".join(map(succeeded, started))
+
+
+@pytest.fixture(scope="module")
+def four(runs, pair):
+    """The same in four on one host."""
+    twos = str(runs.at("2-stopped", STOP))
+    return succeeded(
+        in_teams(
+            4,
+            (runs("4-whole"), "auto", "next token"),
+            (runs("4-on-from-2"), twos, "next token"),
+            (runs("4-uneven", **UNEVEN), "auto", "next token"),
+        )
+    )
+
+
+def assert_close_runs(runs, name, other="1-whole", equally_rounded="1-halves", after=0):
+    """Losses, norms, weights and moments differ by no more than rounding makes them differ.
+
+    Only the order of sums differs, and so it does between one process that takes a step at once and
+    one that takes it in as many passes: that pair's largest relative difference, over all steps and
+    over all tensors, is what rounding does. Four times that is allowed, for chance has a hand in
+    it, and eight units in the last place.
+    """
+
+    def relative(a, b):
+        a, b = (torch.tensor([row[2:4] for row in rows if row[0] == "loss"]) for rows in (a, b))
+        return ((a - b).abs() / b.abs()).max().item()
+
+    def of_tensors(a, b):
+        assert a.keys() == b.keys()
+        return max(((a[key] - b[key]).norm() / b[key].norm()).item() for key in a)
+
+    ours, theirs, parts = (losses(runs.at(n)) for n in (name, other, equally_rounded))
+    theirs, parts = ([row for row in rows if row[1] > after] for rows in (theirs, parts))
+    tokens = [row[1] if row[0] == "val_loss" else row[5] for row in theirs]
+    assert [row[1] if row[0] == "val_loss" else row[5] for row in ours] == tokens
+    assert relative(ours, theirs) <= 4 * relative(parts, theirs) + 2**-20
+    a, b, c = (tensors_of(runs.at(n, END)) for n in (name, other, equally_rounded))
+    assert of_tensors(a, b) <= 4 * of_tensors(c, b) + 2**-20
+
+
+def assert_same_tensors(folder, other):
+    a, b = tensors_of(folder), tensors_of(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_two_processes_read_the_tokens_of_one(runs, pair):
+    rows = PackedRows(TokenShards(runs.base.data), seq_len=runs.base.seq_len, seed=0)
+    lines = [(runs.folder / f"tokens-{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert len(lines[0]) == len(lines[1]) == 12
+    for step, (first, second) in enumerate(zip(*lines, strict=True)):
+        together = [int(token) for token in f"{first} {second}".split()]
+        assert together == rows.batch(4 * step, 4).input_ids[0].tolist()
+
+
+def test_two_processes_train_as_one(runs, pair):
+    assert_close_runs(runs, "2-whole")
+    a, b = (load_file(runs.at(name, "model.safetensors")) for name in ("1-whole", "2-whole"))
+    assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
+    assert "held-out loss" in pair and pair.count(f"finished: {runs.at('2-whole')}") == 1
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(runs, four):
+    assert_close_runs(runs, "4-whole", equally_rounded="1-quarters")
+
+
+def test_recomputed_blocks_and_more_passes(runs, pair):
+    whole, parts = "1-recomputed", "1-recomputed-halves"
+    train(runs(parts, recompute=1, accumulation=4, rows=2))
+    assert_close_runs(runs, "2-recomputed", whole, parts)
+
+
+@pytest.mark.slow
+def test_fewer_rows_than_processes(runs, four):
+    train(runs("1-uneven-quarters", **UNEVEN, rows=1, accumulation=4))
+    assert_close_runs(runs, "4-uneven", "1-uneven", "1-uneven-quarters")
+
+
+def test_muon_shares_its_matrices(runs, pair):
+    """Its products are rounded to bf16 and summed in parts, so each step differs by such rounding:
+    a few times 2^-8 of a step, where AdamW's differ by 2^-24."""
+    a, b = (losses(runs.at(f"{n}-muon")) for n in (1, 2))
+    assert [row[2] for row in b] == pytest.approx([row[2] for row in a], rel=2**-11)
+    assert a[0][2:4] == pytest.approx(b[0][2:4], rel=2**-20)
+    assert b[-1][2] < b[0][2] - 1
+
+
+def test_bf16_keeps_fp32_weights_or_not(runs, pair):
+    """bf16 rounds to 2^-8, and a mean over hundreds of tokens to less; one process keeps the sum of
+    blocks' outputs in fp32 and two do not."""
+    fp32 = losses(runs.at("1-whole"))
+    for name, dtype in (("bf16", torch.float32), ("half", torch.bfloat16)):
+        for n in (1, 2):
+            rows = losses(runs.at(f"{n}-{name}"))
+            assert [r[2] for r in rows] == pytest.approx([r[2] for r in fp32], rel=2**-8)
+            assert [r[2] for r in rows] != [r[2] for r in fp32]
+            stored = tensors_of(runs.at(f"{n}-{name}", END))
+            moments = [t for key, t in stored.items() if key.endswith((".exp_avg", ".exp_avg_sq"))]
+            weights = [t for key, t in stored.items() if not key.startswith("state.")]
+            assert {t.dtype for t in [*weights, *moments]} == {dtype}
+
+
+def test_a_signal_to_one_stops_all_and_they_go_on_bit_for_bit(runs, pair):
+    assert "SIGUSR1: saved step 7 of 12" in pair
+    assert [row[1] for row in losses(runs.at("2-stopped"))][-1] == 7
+    assert losses(runs.at("2-on")) == [row for row in losses(runs.at("2-whole")) if row[1] > 7]
+    assert_same_tensors(runs.at("2-on", END), runs.at("2-whole", END))
+
+
+def test_a_loss_not_finite_in_one_is_skipped_by_all(runs, pair):
+    rows = losses(runs.at("2-skipping"))
+    assert [row[1] for row in rows if row[2] is None] == [3]
+    assert all(torch.isfinite(t).all() for t in tensors_of(runs.at("2-skipping", END)).values())
+
+
+def test_one_goes_on_from_two(runs, pair):
+    train(runs("1-on-from-2"), resume=str(runs.at("2-stopped", STOP)))
+    assert_close_runs(runs, "1-on-from-2", after=7)
+    frozen = runs("1-frozen-from-2")
+    train(frozen, resume=str(runs.at("2-stopped", STOP)), objective=never_finite())
+    assert_same_tensors(runs.at("1-frozen-from-2", END), runs.at("2-stopped", STOP))
+
+
+def test_two_go_on_from_one(runs, pair):
+    assert_close_runs(runs, "2-on-from-1", after=7)
+    assert_same_tensors(runs.at("2-frozen-from-1", END), runs.at("1-stopped", STOP))
+
+
+def test_two_hosts_hold_the_model_twice_and_train_as_one(runs, hosts):
+    train(runs("1-passes", accumulation=2))
+    train(runs("1-passes-quarters", rows=1, accumulation=8))
+    assert_close_runs(runs, "2x2-passes", "1-passes", "1-passes-quarters")
+    assert_close_runs(runs, "2x2-on-from-1", equally_rounded="1-quarters", after=7)
+    assert_same_tensors(runs.at("2x2-frozen-from-2", END), runs.at("2-stopped", STOP))
+    shards = [load_file(path) for path in runs.at("2x2-passes", END).glob("shards/*.safetensors")]
+    stored = sum(tensor.numel() for shard in shards for tensor in shard.values())
+    once = sum(tensor.numel() for tensor in tensors_of(runs.at("1-passes", END)).values())
+    assert stored == once, "written by one host only"
+
+
+def test_one_goes_on_from_two_hosts(runs, hosts):
+    before = runs.at("2x2-passes", "checkpoints/step-00000010")
+    train(runs("1-frozen-from-2x2", accumulation=2), resume=str(before), objective=never_finite())
+    assert_same_tensors(runs.at("1-frozen-from-2x2", END), before)
+
+
+@pytest.mark.slow
+def test_four_go_on_from_two(runs, four):
+    assert_close_runs(runs, "4-on-from-2", equally_rounded="1-quarters", after=7)
+
+
+@pytest.mark.parametrize("name", ["1-whole", "2-whole"])
+def test_export(runs, pair, name, tmp_path):
+    """From a run, and from a checkpoint; whole and sharded."""
+    newest = export_run(ExportConfig(source=str(runs.at(name)), out=str(tmp_path / "newest")))
+    older = runs.at(name, "checkpoints/step-00000010")
+    named = export_run(ExportConfig(source=str(older), out=str(tmp_path / "named")))
+    final = load_file(runs.at(name, "model.safetensors"))
+    found = load_file(newest / "model.safetensors")
+    assert found.keys() == final.keys() and all(torch.equal(found[n], final[n]) for n in final)
+    model = AutoModelForCausalLM.from_pretrained(named)
+    stored = tensors_of(older)
+    for key, value in model.state_dict().items():
+        assert key == "lm_head.weight" or torch.equal(value, stored[key])
+    names = {path.name for path in newest.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not names & {"manifest.json", "state.json", "optimizer.safetensors", "shards"}
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "named"}
+
+
+def test_export_needs_a_whole_checkpoint_and_a_new_folder(runs, tmp_path):
+    def export(source, out="out"):
+        export_run(ExportConfig(source=str(source), out=str(tmp_path / out)))
+
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"source: .* has no whole checkpoint"):
+        export(tmp_path / "run")
+    with pytest.raises(RunError, match=r"source: .*no such folder"):
+        export(tmp_path / "nowhere")
+    half = tmp_path / "run" / "checkpoints" / "step-00000007.incomplete"
+    shutil.copytree(runs.at("1-stopped", STOP), half)
+    with pytest.raises(RunError, match="half written"):
+        export(half)
+    with pytest.raises(RunError, match="has no whole checkpoint"):
+        export(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"out: .* exists"):
+        export(runs.at("1-whole"), "run")
+    assert not Path(tmp_path / "out").exists()
+
+
+def test_rows_must_divide(runs):
+    check_rows(runs("x"), Team(world=2))
+    with pytest.raises(ValueError, match=r"rows: expected a multiple of 3.*got 4"):
+        check_rows(runs("x"), Team(world=3))
