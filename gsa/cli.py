@@ -3,6 +3,7 @@
 gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
+gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
 gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
 gsa bench plot RESULT...                  draw what a GPU's run measured
@@ -171,6 +172,14 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """a model folder out of a checkpoint, also while a run goes on: gsa export RUN --out FOLDER"""
+    from gsa.training.export_run import ExportConfig, export_run
+
+    print(export_run(_config("gsa export", export_run, ExportConfig, arguments, ("source",))))
+    return 0
+
+
 def generate(arguments: list[str]) -> int:
     """continue a text: gsa generate MODEL --prompt TEXT"""
     from gsa.generation.config import GenerateConfig
@@ -279,6 +288,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "data": data,
     "train": train,
     "report": report,
+    "export": export,
     "generate": generate,
     "bench": bench,
     "info": info,

@@ -1,7 +1,9 @@
 """Runs in processes of their own, to be killed for real; what equal runs share bit for bit."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,14 +26,18 @@ train(TrainConfig(**json.loads(sys.argv[1])))
 """
 
 TEAM = """
-import json, sys
+import json, resource, sys
 import torch.distributed as dist
-from gsa.training import TrainConfig, train
-from training_runs import OBJECTIVES
+from gsa.training import RunError, TrainConfig, train
+from training_runs import OBJECTIVES, limit_files
 dist.init_process_group("gloo")
 for settings, resume, objective, *more in json.loads(sys.argv[1]):
     made = OBJECTIVES[objective](*more)
-    train(TrainConfig(**settings), resume=resume, objective=made)
+    try:
+        train(TrainConfig(**settings), resume=resume, objective=made)
+    except RunError as error:
+        print(f"process {dist.get_rank()} ends: {error}", flush=True)
+    limit_files(resource.RLIM_INFINITY)
 dist.destroy_process_group()
 """
 
@@ -68,6 +74,38 @@ def start_command(command):
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def command_of(config, recipe="tiny"):
+    """The arguments of gsa that train that; the model is the recipe's."""
+    options = []
+    for name, value in config.to_dict().items():
+        if isinstance(value, str | float | int) and not isinstance(value, bool):
+            options += [f"--{name.replace('_', '-')}={value}"]
+    return ["-m", "gsa", "train", recipe, *options]
+
+
+def children(process):
+    """The process ids that a launch started."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listed.split()]
+
+
+def kill_all(process):
+    """kill -9 for a process and those it started, as when the power fails."""
+    for pid in [*children(process), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for_save(process, folder):
+    """Returns when a checkpoint is being written; fails if the run ends before."""
+    while process.poll() is None:
+        if list((Path(folder) / "checkpoints").glob("*.incomplete")):
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"ended early: {process.communicate()}")
 
 
 def wait_for_step(process, folder, step):
@@ -114,6 +152,27 @@ def infinite_at(step):
     return objective
 
 
+def limit_files(size):
+    """What writes more into a file than that finds the disk full."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def full_disk_at(step, saved):
+    """An objective that leaves the second process no room from then on, when `saved` is there."""
+    calls = []
+
+    def objective(model, batch):
+        calls.extend([batch] if model.training else [])
+        if len(calls) == step and is_second():
+            while not Path(saved).exists():
+                time.sleep(0.01)
+            limit_files(100_000)
+        return next_token(model, batch)
+
+    return objective
+
+
 def recorded(folder):
     """An objective that writes down the tokens of each pass, a file per process."""
 
@@ -131,6 +190,7 @@ OBJECTIVES = {
     "stopped at": lambda call: stopped_at(call) if is_second() else next_token,
     "never finite": never_finite,
     "infinite at": infinite_at,
+    "full disk at": full_disk_at,
     "recorded": recorded,
 }
 

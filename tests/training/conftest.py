@@ -5,9 +5,11 @@ import random
 from dataclasses import replace
 
 import pytest
+from training_runs import in_teams, stopped_at, succeeded
 
 from gsa.data import PrepareConfig, prepare
 from gsa.recipes import tiny
+from gsa.training import TrainConfig, train
 
 WORDS = [
     "the",
@@ -66,3 +68,67 @@ def make_config(shard_folders, tmp_path):
         return replace(base, **overrides, model=model)
 
     return make
+
+
+STOP = "checkpoints/step-00000007"
+END = "checkpoints/step-00000012"
+
+
+class Runs:
+    """Configs of one small run in folders of their own, named <processes>-<what>."""
+
+    def __init__(self, shards, folder):
+        self.folder = folder
+        train_shards, valid = map(str, shards)
+        self.base = replace(tiny(), data=train_shards, validation=valid, steps=12, warmup=2,
+                            checkpoint_interval=5, validation_interval=5,
+                            validation_rows=12)  # fmt: skip
+
+    def __call__(self, name, **changes) -> TrainConfig:
+        model = self.base.model | changes.pop("model", {})
+        return replace(self.base, out=str(self.folder / name), model=model, **changes)
+
+    def at(self, name, inner=""):
+        return self.folder / name / inner
+
+
+VARIANTS = {
+    "recomputed": {"recompute": 1, "accumulation": 2},
+    "muon": {"optimizer": "muon"},
+    "bf16": {"dtype": "bf16"},
+    "half": {"dtype": "bf16", "master_weights": False},
+}
+
+
+@pytest.fixture(scope="session")
+def runs(shard_folders, tmp_path_factory):
+    """Runs of one process: whole, in two and four passes a step, stopped in step 7, variants."""
+    made = Runs(shard_folders, tmp_path_factory.mktemp("runs"))
+    for name, parts in (("1-whole", 1), ("1-halves", 2), ("1-quarters", 4)):
+        train(made(name, rows=4 // parts, accumulation=parts))
+    train(made("1-stopped"), objective=stopped_at(10))  # 7 steps and 3 batches of validation
+    for name, changes in VARIANTS.items():
+        train(made(f"1-{name}", **changes))
+    return made
+
+
+@pytest.fixture(scope="session")
+def pair(runs):
+    """The same in two processes, and what goes on from checkpoints."""
+    ones, twos = (str(runs.at(f"{n}-stopped", STOP)) for n in (1, 2))
+    first = str(runs.at("2-full", "checkpoints/step-00000005"))
+    plain = ("auto", "next token")
+    said = succeeded(
+        in_teams(
+            2,
+            (runs("2-whole"), "auto", "recorded", str(runs.folder)),
+            # The second process alone gets the signal: 7 steps and 2 batches of validation.
+            (runs("2-stopped"), "auto", "stopped at", 9),
+            (runs("2-on"), twos, "next token"),
+            (runs("2-frozen-from-1"), ones, "never finite"),
+            (runs("2-skipping"), "auto", "infinite at", 3),
+            (runs("2-full"), "auto", "full disk at", 7, first),
+            *[(runs(f"2-{name}", **changes), *plain) for name, changes in VARIANTS.items()],
+        )
+    )
+    return said

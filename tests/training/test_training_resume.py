@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_runs import assert_same_run, losses, start, start_command, wait_for_step
+from training_runs import assert_same_run, command_of, losses, start, start_command, wait_for_step
 
 from gsa.data import PrepareConfig, prepare
 from gsa.training import RunError, train
@@ -55,11 +55,7 @@ def test_killed_and_resumed_is_the_same_run(uninterrupted, tmp_path):
 )
 def test_a_signal_saves_and_exits(uninterrupted, tmp_path, number, code):
     config = replace(uninterrupted, out=str(tmp_path / "stopped"))
-    options = []
-    for name, value in config.to_dict().items():
-        if isinstance(value, str | float | int) and not isinstance(value, bool):
-            options += [f"--{name.replace('_', '-')}={value}"]
-    process = start_command([sys.executable, "-m", "gsa", "train", "tiny", *options])
+    process = start_command([sys.executable, *command_of(config)])
     wait_for_step(process, config.out, 30)
     process.send_signal(number)
     _, errors = process.communicate()
