@@ -92,7 +92,9 @@ class Saver:
             team.together(lambda: begin(folder) if team.first else None)
             writer = HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=team.savers)
-            files = team.together(lambda: self._write_rest(partial, model, rng, state))
+            team.together(lambda: self._write_rest(partial, model, rng, state))
+            # Not before all have written: temporary files of others are no part of it.
+            files = team.together(lambda: digest(partial, self._own_files(partial)))
             team.together(lambda: self._publish(folder, files) if team.first else None)
         except CheckpointException as error:
             causes = [f"process {rank}: {cause}" for rank, (cause, _) in error.failures.items()]
@@ -102,19 +104,23 @@ class Saver:
 
     def _write_rest(
         self, partial: Path, model: Any, rng: dict[str, Tensor], state: dict[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        """What is not in the shards; the manifest's entries of all that this process wrote."""
-        rank = self._team.rank
-        save_file(rng, partial / f"{RNG}-{rank:05d}.safetensors")
+    ) -> None:
+        """What is not in the shards."""
+        save_file(rng, partial / f"{RNG}-{self._team.rank:05d}.safetensors")
         if self._team.first:
             write_config(partial, model, self._tokenizer)
             write_json(partial / STATE, state)
-        own = (f"{SHARD}{rank + 1:05d}-", f"{RNG}-{rank:05d}")
-        paths = [path for path in files_under(partial) if path.name.startswith(own)]
-        if self._team.first:
-            common = (SHARD, f"{RNG}-")
-            paths += [path for path in files_under(partial) if not path.name.startswith(common)]
-        return digest(partial, paths)
+
+    def _own_files(self, partial: Path) -> list[Path]:
+        """What this process wrote."""
+        rank, paths = self._team.rank, files_under(partial)
+        own = (f"{SHARD}{rank + 1:05d}-", f"{RNG}-{rank:05d}.")
+        each = (SHARD, f"{RNG}-")
+        return [
+            path
+            for path in paths
+            if path.name.startswith(own) or (self._team.first and not path.name.startswith(each))
+        ]
 
     def _publish(self, folder: Path, files: list[dict[str, dict[str, Any]]]) -> None:
         publish(folder, {name: entry for own in files for name, entry in own.items()})

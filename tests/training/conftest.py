@@ -131,4 +131,5 @@ def pair(runs):
             *[(runs(f"2-{name}", **changes), *plain) for name, changes in VARIANTS.items()],
         )
     )
+    assert said.count(" ends: ") == 2, said  # both of 2-full
     return said

@@ -42,7 +42,9 @@ def hosts(runs, pair):
         (runs("2x2-frozen-from-2"), str(runs.at("2-stopped", STOP)), "never finite"),
     )
     started = [in_teams(2, *tasks, options=(*where, "--node-rank", str(i))) for i in (0, 1)]
-    return "".join(map(succeeded, started))
+    said = "".join(map(succeeded, started))
+    assert " ends: " not in said
+    return said
 
 
 @pytest.fixture(scope="module")
