@@ -32,7 +32,8 @@ class PrepareConfig:
     out: str
     """The shard folder to write."""
     tokenizer: str = "bytes"
-    """"bytes", or the local folder of a Hugging Face tokenizer."""
+    """"bytes"; "mistral", 32,000 tokens, the paper's (packages gated-slots[mistral]); or the local
+    folder of a Hugging Face tokenizer."""
     text_key: str = "text"
     """The key (jsonl) or column (parquet) that holds the text."""
     overwrite: bool = False
