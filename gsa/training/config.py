@@ -33,8 +33,9 @@ FREE_TO_CHANGE = frozenset(
 )
 """Fields that a resumed run may have otherwise than the run it goes on from.
 
-They change no weight. The folders may move, what is in them may not: a checkpoint keeps the
-shards' fingerprints. Another device computes the same thing, but not bit for bit.
+They change no parameter. The folders may move; what is in them may not change, nor the weights by
+which they are mixed: a checkpoint keeps fingerprints and proportions. Another device computes the
+same thing, but not bit for bit.
 """
 
 

@@ -8,6 +8,7 @@ from training_runs import assert_same_run, stopped_at
 
 from gsa.data import PrepareConfig, open_rows, prepare, save_byte_tokenizer
 from gsa.training import RunError, TrainConfig, train
+from gsa.training.comparison import read_runs, setting_rows
 
 
 @pytest.fixture
@@ -30,6 +31,10 @@ def test_a_mixture_trains_and_goes_on_bit_for_bit(two, tmp_path):
         epochs = 9 * two.rows * 64 * weight / part.num_tokens
         assert f"{epochs:.2f} of {part.folder}" in report
         assert f"{part.folder}, weight {weight}:\n\n- {part.sources[0]['name']} (" in report
+    shown = {row.name: row.values for row in setting_rows(read_runs([two.out]))}
+    assert shown["data"] == [two.data]
+    assert shown["fingerprint of data"] == [rows.shards.fingerprint[:12]]
+    assert "fingerprint of weights" not in shown
 
 
 def test_other_weights_do_not_resume(two, shard_folders, tmp_path):
