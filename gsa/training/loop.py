@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from gsa.data import Batch, PackedRows, TokenShards
+from gsa.data import Batch, MixedRows, PackedRows, TokenShards, open_rows
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import run_folder
 from gsa.training.blocks import prepare_blocks
@@ -99,12 +99,12 @@ def train(
         RunError: the folder is in use, holds something else, or another run; a checkpoint is
             damaged or cannot be written; the loss was not finite for too long.
     """
-    shards = TokenShards(config.data)
+    rows = open_rows(config.data, seq_len=config.seq_len, seed=config.seed)
+    shards = rows.shards
     validation = TokenShards(config.validation) if config.validation else None
     model_config = build_model_config(config, shards, validation)
     device = pick_device(config.device)
     check_sinks(config.sinks)
-    rows = PackedRows(shards, seq_len=config.seq_len, seed=config.seed)
     folder = run_folder.open_run_folder(config.out)
     with RunLock(folder), Display(config.steps) as display, StopSignals() as stop:
         data = run_folder.fingerprints(shards, validation)
@@ -130,7 +130,7 @@ class Trainer:
         self,
         config: TrainConfig,
         model_config: GSAConfig,
-        rows: PackedRows,
+        rows: PackedRows | MixedRows,
         validation: TokenShards | None,
         device: torch.device,
         objective: Objective,

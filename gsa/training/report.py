@@ -9,7 +9,7 @@ import transformers
 from safetensors import SafetensorError
 
 import gsa
-from gsa.data import TokenShards
+from gsa.data import MixedShards, TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.training.config import TrainConfig
 from gsa.training.curves import short_number, smoothed, smoothing
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def token_unit(shards: TokenShards) -> str:
+def token_unit(shards: TokenShards | MixedShards) -> str:
     """What one token of the shards is: "byte" for the byte tokenizer, else "token"."""
     return "byte" if (shards.vocab_size, shards.eos_id) == (VOCAB_SIZE, EOS_ID) else "token"
 
@@ -101,7 +101,7 @@ def report_text(
     config: TrainConfig,
     *,
     model: Any,
-    train: TokenShards,
+    train: TokenShards | MixedShards,
     validation: TokenShards | None,
     state: dict[str, Any],
     command: str,
@@ -114,7 +114,7 @@ def report_text(
     rows = [
         ("parameters", f"{parameters:,}"),
         ("steps", f"{state['step']:,} ({state['skipped']:,} skipped: loss or gradient not finite)"),
-        (f"{unit}s seen", f"{state['tokens']:,} ({state['tokens'] / train.num_tokens:.2f} epochs)"),
+        (f"{unit}s seen", f"{state['tokens']:,} ({_epochs(train, state['tokens'])})"),
         ("training time", f"{minutes:.1f} minutes, validation apart"),
         ("speed", f"{state['tokens'] / max(state['seconds'], 1e-9):,.0f} {unit}s per second"),
     ]
@@ -148,7 +148,7 @@ def finish(
     *,
     config: TrainConfig,
     model: Any,
-    train: TokenShards,
+    train: TokenShards | MixedShards,
     validation: TokenShards | None,
     state: dict[str, Any],
     command: str,
@@ -180,7 +180,20 @@ def finish(
     write_text(folder / REPORT, text)
 
 
-def _sources(shards: TokenShards, unit: str) -> str:
+def _epochs(train: TokenShards | MixedShards, tokens: int) -> str:
+    if isinstance(train, TokenShards):
+        return f"{tokens / train.num_tokens:.2f} epochs"
+    parts = zip(train.parts, train.weights, strict=True)
+    passes = [f"{float(tokens * w / part.num_tokens):.2f} of {part.folder}" for part, w in parts]
+    return "epochs: " + ", ".join(passes)
+
+
+def _sources(shards: TokenShards | MixedShards, unit: str) -> str:
+    if isinstance(shards, MixedShards):
+        return "\n\n".join(
+            f"{part.folder}, weight {float(weight):.4g}:\n\n{_sources(part, unit)}"
+            for part, weight in zip(shards.parts, shards.weights, strict=True)
+        )
     lines = [
         f"- {source['name']} ({source['tokens']:,} {unit}s"
         + (f", {source['documents']:,} documents)" if source["documents"] > 1 else ")")
