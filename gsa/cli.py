@@ -202,8 +202,8 @@ def generate(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """time the operator: gsa bench ops (then plot, tune); a model's cost: gsa bench cost"""
-    chosen, rest = _subcommand("bench", ("ops", "plot", "tune", "cost"), arguments)
+    """time the operator: gsa bench ops (then plot, tune); models: gsa bench training, cost"""
+    chosen, rest = _subcommand("bench", ("ops", "plot", "tune", "cost", "training"), arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
 
@@ -220,6 +220,13 @@ def bench(arguments: list[str]) -> int:
 
         config = _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",))
         bench_cost(config, {name: make().model for name, make in RECIPES.items()})
+        return 0
+    if chosen == "training":
+        from gsa.benchmark.training import BenchTrainingConfig, bench_training
+        from gsa.recipes import RECIPES
+
+        config = _config("gsa bench training", bench_training, BenchTrainingConfig, rest)
+        bench_training(config, {name: make().model for name, make in RECIPES.items()})
         return 0
     from gsa.benchmark.device import bench_device
 

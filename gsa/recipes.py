@@ -2,7 +2,7 @@
 
 Each recipe's docstring says what it is for; any field is overridden on the command line. The folder
 `data` of those from 34m on is a place for your own shards: `gsa data prepare TEXT --out
-runs/data/train --tokenizer FOLDER`, or give another with --data.
+runs/data/train --tokenizer mistral` (or FOLDER), or give another with --data.
 """
 
 from collections.abc import Callable

@@ -25,6 +25,7 @@ FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {
     ("training", "data"),  # a training run reads shards
     ("evaluation", "data"),  # held-out text comes as shards
+    ("benchmark", "training"),  # training is timed by the engine's own parts
     ("__main__", "cli"),  # python -m gsa
 }
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gsa.benchmark.training_plot import plot_training
+
 PANELS = {"forward": "forward", "forward_backward": "forward + backward"}
 STYLES: dict[str, tuple[str, str, str]] = {
     "ours": ("ours", "o", "tab:blue"),
@@ -19,19 +21,20 @@ ROW_INCHES = 0.42
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
     results: tuple[str, ...]
-    """JSON files of `gsa bench ops` on one kind of GPU; of a case in several, the last counts."""
+    """JSON files of `gsa bench ops` or of `gsa bench training`, all on one kind of GPU; of a case
+    in several, the last counts."""
     out: str = ""
     """PNG file to write; beside the first result if empty."""
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """ValueError if it is not a result of a GPU."""
+    """ValueError if it is no result that can be drawn."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("benchmark") != "ops-gpu":
-        raise ValueError(f"{path}: expected a result of gsa bench ops on a GPU")
+    if not isinstance(document, dict) or document.get("benchmark") not in ("ops-gpu", "training"):
+        raise ValueError(f"{path}: expected a result of gsa bench ops on a GPU, or of training")
     return document
 
 
@@ -100,10 +103,15 @@ def plot_results(paths: Sequence[Path], out: Path) -> Path:
     """Draws results into a PNG file and returns its path.
 
     Raises:
-        ValueError: a file is no GPU result, devices differ, or nothing was measured.
+        ValueError: a file is no result, kinds or devices differ, or nothing was measured.
         ImportError: matplotlib is not installed.
     """
     documents = [read_result(path) for path in paths]
+    kinds = {one["benchmark"] for one in documents}
+    if len(kinds) > 1:
+        raise ValueError(f"results: expected one kind, got {' and '.join(sorted(kinds))}")
+    if kinds == {"training"}:
+        return plot_training(documents, out)
     rows = merged_rows(documents)
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -132,6 +140,6 @@ def plot_results(paths: Sequence[Path], out: Path) -> Path:
 
 
 def bench_plot(config: PlotConfig) -> Path:
-    """Draws the plot of results of `gsa bench ops` on a GPU."""
+    """Draws the plot of results of `gsa bench ops` on a GPU, or of `gsa bench training`."""
     paths = [Path(name) for name in config.results]
     return plot_results(paths, Path(config.out) if config.out else paths[0].with_suffix(".png"))

@@ -1,17 +1,18 @@
 """Pieces of text into arrays of token ids, each document closed by the end-of-document token.
 
-Two encoders with one shape: the built-in byte tokenizer, and any Hugging Face tokenizer in a local
-folder. Text that happens to spell a special token ("<|endoftext|>") stays text: only the encoder
-itself writes an end of document.
+Two encoders with one shape: the built-in byte tokenizer, and any Hugging Face tokenizer, Mistral's
+or one in a local folder. Text that happens to spell a special token ("<|endoftext|>") stays text:
+only the encoder itself writes an end of document.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gsa.data import byte_tokenizer
+from gsa.data.mistral_tokenizer import load_mistral_tokenizer
 from gsa.data.readers import Piece
 
 _BATCH_CHARACTERS = 1 << 20
@@ -57,18 +58,17 @@ class ByteEncoder:
 
 
 class HuggingFaceEncoder:
-    """A Hugging Face tokenizer from a local folder; no remote code, no download.
+    """A Hugging Face tokenizer: `name` is what the user calls it.
 
     Documents are encoded whole (a tokenizer may merge across any cut), about a million characters
-    of them per call. FileNotFoundError if the folder is missing, ValueError if it holds no
-    loadable tokenizer or one without an end-of-sequence token.
+    of them per call. ValueError for a tokenizer without an end-of-sequence token.
     """
 
-    def __init__(self, folder: str) -> None:
-        self._tokenizer = load_tokenizer(folder)
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self._tokenizer = tokenizer
         if self._tokenizer.eos_token_id is None:
             raise ValueError(
-                f"tokenizer: {folder} has no eos_token, which ends each document; "
+                f"tokenizer: {name} has no eos_token, which ends each document; "
                 "set one in its tokenizer_config.json"
             )
         self.eos_id = int(self._tokenizer.eos_token_id)
@@ -113,7 +113,8 @@ def load_tokenizer(folder: str | Path):
     """`AutoTokenizer` from a local folder: nothing is downloaded, no remote code runs."""
     if not Path(folder).is_dir():
         raise FileNotFoundError(
-            f"tokenizer: expected 'bytes' or the folder of a Hugging Face tokenizer, got {folder}"
+            f"tokenizer: expected 'bytes', 'mistral' or the folder of a Hugging Face tokenizer, "
+            f"got {folder}"
         )
     from transformers import AutoTokenizer
 
@@ -128,5 +129,13 @@ def load_tokenizer(folder: str | Path):
 
 
 def load_encoder(tokenizer: str) -> Encoder:
-    """The encoder that a `tokenizer` setting means: "bytes", or a folder."""
-    return ByteEncoder() if tokenizer == "bytes" else HuggingFaceEncoder(tokenizer)
+    """The encoder that a `tokenizer` setting means: "bytes", "mistral", or a folder.
+
+    FileNotFoundError for a missing folder, ValueError for one without a usable tokenizer,
+    ImportError if the packages that hold Mistral's are missing.
+    """
+    if tokenizer == "bytes":
+        return ByteEncoder()
+    if tokenizer == "mistral":
+        return HuggingFaceEncoder(load_mistral_tokenizer(), tokenizer)
+    return HuggingFaceEncoder(load_tokenizer(tokenizer), tokenizer)

@@ -4,6 +4,7 @@ There is no iterator and no state: the batch at a position is a function of (sha
 position), so resuming is exact and any number of processes agree on the order.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,7 +32,55 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
 
 
-class PackedRows:
+class Span(NamedTuple):
+    """Tokens start … end−1 of some shards: one row."""
+
+    shards: TokenShards
+    start: int
+    end: int
+
+
+class Rows(ABC):
+    """Rows of `seq_len` tokens in an order that is a function of position."""
+
+    seq_len: int
+
+    @abstractmethod
+    def spans(self, position: int, rows: int) -> list[Span]:
+        """Where the tokens of the rows at position … position+rows−1 lie."""
+
+    def batch(self, position: int, rows: int) -> Batch:
+        """The `rows` rows from `position` on, which counts rows since the start of training.
+
+        batch(p, 4) is batch(p, 1), …, batch(p + 3, 1) end to end, over epoch ends too. Returns
+        tensors on the CPU, input_ids and labels [1, rows · seq_len].
+        """
+        check_at_least("position", position, 0)
+        check_at_least("rows", rows, 1)
+        _check_fits_int32(rows * self.seq_len)
+        return _pack(self.spans(position, rows))
+
+    def share(self, position: int, rows: int, rank: int, world: int) -> Batch:
+        """What process `rank` of `world` takes of batch(position, rows): an equal part, in order.
+
+        The parts of all ranks, end to end, are the whole batch, however many there are. ValueError
+        if `rows` does not divide by `world`.
+        """
+        check_at_least("rows", rows, 1)
+        check_at_least("world", world, 1)
+        check_at_least("rank", rank, 0)
+        if rank >= world:
+            raise ValueError(f"rank: expected 0 … {world - 1}, got {rank}")
+        if rows % world:
+            raise ValueError(
+                f"rows: {rows} rows cannot be shared equally by {world} processes; use a multiple "
+                f"of {world}, such as {world * -(-rows // world)}"
+            )
+        own = rows // world
+        return self.batch(position + rank * own, own)
+
+
+class PackedRows(Rows):
     """Rows of `seq_len` tokens in a seeded order, one permutation per epoch.
 
     The documents of `shards` are laid end to end and cut every `seq_len` tokens; the last
@@ -41,8 +90,8 @@ class PackedRows:
     """
 
     def __init__(self, shards: TokenShards, *, seq_len: int, seed: int) -> None:
-        _check_at_least("seq_len", seq_len, 1)
-        _check_at_least("seed", seed, 0)
+        check_at_least("seq_len", seq_len, 1)
+        check_at_least("seed", seed, 0)
         self.shards = shards
         self.seq_len = seq_len
         self.seed = seed
@@ -59,8 +108,8 @@ class PackedRows:
 
     def row_ids(self, position: int, rows: int) -> np.ndarray:
         """Which rows (0 … num_rows−1, in text order) stand at position … position+rows−1."""
-        _check_at_least("position", position, 0)
-        _check_at_least("rows", rows, 1)
+        check_at_least("position", position, 0)
+        check_at_least("rows", rows, 1)
         places = np.arange(position, position + rows, dtype=np.int64)
         epochs = places // self.num_rows
         chosen = np.empty(rows, dtype=np.int64)
@@ -71,16 +120,10 @@ class PackedRows:
             )
         return chosen
 
-    def batch(self, position: int, rows: int) -> Batch:
-        """The `rows` rows from `position` on, which counts rows since the start of training.
-
-        batch(p, 4) is batch(p, 1), …, batch(p + 3, 1) end to end, over epoch ends too. Returns
-        tensors on the CPU, input_ids and labels [1, rows · seq_len].
-        """
-        _check_at_least("rows", rows, 1)
-        _check_fits_int32(rows * self.seq_len)
-        starts = self.row_ids(position, rows) * self.seq_len
-        return _pack(self.shards, starts, starts + self.seq_len)
+    def spans(self, position: int, rows: int) -> list[Span]:
+        """Where the tokens of the rows at position … position+rows−1 lie."""
+        starts = (self.row_ids(position, rows) * self.seq_len).tolist()
+        return [Span(self.shards, start, start + self.seq_len) for start in starts]
 
 
 def validation_batches(shards: TokenShards, *, seq_len: int, rows: int) -> Iterator[Batch]:
@@ -89,21 +132,21 @@ def validation_batches(shards: TokenShards, *, seq_len: int, rows: int) -> Itera
     For a held-out loss: rows start with an empty memory, as in training, and the first token of
     each row and document has no label.
     """
-    _check_at_least("seq_len", seq_len, 1)
-    _check_at_least("rows", rows, 1)
+    check_at_least("seq_len", seq_len, 1)
+    check_at_least("rows", rows, 1)
     _check_fits_int32(min(rows * seq_len, shards.num_tokens))
     for first in range(0, shards.num_tokens, seq_len * rows):
         last = min(first + seq_len * rows, shards.num_tokens)
-        starts = np.arange(first, last, seq_len, dtype=np.int64)
-        yield _pack(shards, starts, np.minimum(starts + seq_len, last))
+        starts = range(first, last, seq_len)
+        yield _pack([Span(shards, start, min(start + seq_len, last)) for start in starts])
 
 
-def _pack(shards: TokenShards, starts: np.ndarray, ends: np.ndarray) -> Batch:
-    total = int((ends - starts).sum())
+def _pack(spans: list[Span]) -> Batch:
+    total = sum(span.end - span.start for span in spans)
     ids = np.empty(total, dtype=np.int64)
     boundaries = []
     filled = 0
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+    for shards, start, end in spans:
         ids[filled : filled + end - start] = shards.tokens[start:end]
         documents = shards.document_starts
         # The documents that begin strictly inside the row: its own start is a boundary anyway.
@@ -125,6 +168,7 @@ def _check_fits_int32(tokens: int) -> None:
         )
 
 
-def _check_at_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
+    """ValueError naming the argument unless it is an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from gsa.data import shards as layout
 from gsa.data.encoding import Encoder, load_encoder
-from gsa.data.readers import Advance, Source, check_parquet, find_sources, read_pieces
+from gsa.data.hub import is_dataset, open_dataset, parse_address
+from gsa.data.readers import Advance, Source, check_parquet, find_files
 from gsa.data.shards import TokenShards, file_sha256, token_dtype
 
 
@@ -28,13 +29,17 @@ class PrepareConfig:
     """What `prepare` is asked to do."""
 
     inputs: tuple[str, ...]
-    """Files (.txt, .jsonl, .parquet) and folders of those, in order."""
+    """Files (.txt, .jsonl, .parquet), folders of those, and Hugging Face datasets, in order:
+    hf:OWNER/NAME[/CONFIG][@SPLIT], or hf:FOLDER (packages gated-slots[data])."""
     out: str
     """The shard folder to write."""
     tokenizer: str = "bytes"
-    """"bytes", or the local folder of a Hugging Face tokenizer."""
+    """"bytes"; "mistral", 32,000 tokens, the paper's (packages gated-slots[mistral]); or the local
+    folder of a Hugging Face tokenizer."""
     text_key: str = "text"
-    """The key (jsonl) or column (parquet) that holds the text."""
+    """The key (jsonl) or column (parquet, datasets) that holds the text."""
+    streaming: bool = False
+    """Read datasets as they arrive, without downloading them whole first."""
     overwrite: bool = False
     """Replace `out` if it is a complete shard folder; anything else there is never touched."""
     quiet: bool = False
@@ -46,25 +51,26 @@ class PrepareConfig:
         for name in ("out", "tokenizer", "text_key"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a non-empty string")
+        if self.streaming and not any(map(is_dataset, self.inputs)):
+            raise ValueError("streaming: expected an hf: input, since files are never read whole")
 
 
 def prepare(config: PrepareConfig) -> TokenShards:
     """Tokenize text once into a memory-mapped shard folder, and open it.
 
-    A .txt file is one document, a row of jsonl or parquet is one; each ends with the tokenizer's
-    eos token. Rows without text are skipped and counted. The same inputs give the same bytes, index
-    included (it holds no path outside the inputs and no time). Memory: a few blocks of text
-    with the byte tokenizer, one document with others.
+    A .txt file is one document, a row of jsonl, parquet or a dataset is one; each ends with the
+    tokenizer's eos token. Rows without text are skipped and counted. The same inputs give the same
+    bytes, index included (it holds no path outside the inputs and no time). Memory: a few blocks of
+    text with the byte tokenizer, one document with others.
 
     Raises before anything is written: FileNotFoundError for missing inputs or tokenizer, ValueError
-    for inputs that are no text, ImportError when parquet needs pyarrow, FileExistsError if `out`
-    is in use. While writing: ValueError naming the file and place of bad text, OSError when
-    the disk is full; the output is then as it was before.
+    for inputs that are no text, ImportError for packages that an input or the tokenizer needs,
+    FileExistsError if `out` is in use. While writing: ValueError naming the file and place of bad
+    text, OSError when the disk is full; the output is then as it was before.
     """
-    sources = find_sources(config.inputs)
-    check_parquet(sources, config.text_key)
-    encoder = load_encoder(config.tokenizer)
     out = Path(config.out).resolve()
+    sources = _find_sources(config)
+    encoder = load_encoder(config.tokenizer)
     _check_apart(out, config.inputs)
     previous = out.parent / f".{out.name}.previous"
     if previous.is_dir() and not out.exists():
@@ -88,10 +94,36 @@ def prepare(config: PrepareConfig) -> TokenShards:
     return TokenShards(out)
 
 
+def _find_sources(config: PrepareConfig) -> list[Source]:
+    """Every source that the inputs mean, in order; ValueError for one that is meant twice."""
+    sources: list[Source] = []
+    for given in config.inputs:
+        if is_dataset(given):
+            quiet = config.quiet or not Console(stderr=True).is_terminal
+            options = {"text_key": config.text_key, "streaming": config.streaming}
+            sources.append(open_dataset(given, quiet=quiet, **options))
+        else:
+            files = find_files(given)
+            check_parquet(files, config.text_key)
+            sources += files
+    seen: set[str] = set()
+    for source in sources:
+        if source.identity in seen:
+            raise ValueError(f"inputs: {source.place} is meant twice; name each source once")
+        seen.add(source.identity)
+    return sources
+
+
 def _check_apart(out: Path, inputs: tuple[str, ...]) -> None:
     # A tokenizer's own .txt files (merges.txt) in `out` would be read as documents the next time.
     for given in inputs:
-        path = Path(given).resolve()
+        if is_dataset(given):
+            folder = parse_address(given).folder
+            if folder is None:
+                continue
+            path = folder.resolve()
+        else:
+            path = Path(given).resolve()
         if out == path or path in out.parents or out in path.parents:
             raise ValueError(f"out: expected a folder apart from the inputs, got {out} and {path}")
 
@@ -148,7 +180,8 @@ def _write_folder(
         _progress(config.quiet) as progress,
         ShardWriter(folder, encoder.vocab_size) as writer,
     ):
-        total = sum(source.path.stat().st_size for source in sources)
+        sizes = [source.size for source in sources]
+        total = None if None in sizes else sum(filter(None, sizes))
         task = progress.add_task("tokenizing", total=total)
         for source in sources:
             progress.update(task, description=source.name)
@@ -229,7 +262,7 @@ class ShardWriter:
         """Append the documents of one file; ValueError if it holds no text at all."""
         first_token, first_document = self._num_tokens, self._num_documents
         length = 0
-        for ids, ends_document in encoder.encode(read_pieces(source, text_key, advance)):
+        for ids, ends_document in encoder.encode(source.pieces(text_key, advance)):
             length += len(ids)
             if ends_document and length == 1:  # its end token alone
                 self._skipped_empty += 1
@@ -242,7 +275,7 @@ class ShardWriter:
                 self._num_documents += 1
                 length = 0
         if self._num_documents == first_document:
-            raise ValueError(f"{source.path}: expected text, got an empty file; leave it out")
+            raise ValueError(f"{source.place}: expected text, got none; leave it out")
         self._sources.append(
             {
                 "name": source.name,

@@ -10,18 +10,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 KINDS = (".txt", ".jsonl", ".parquet")
 _BLOCK_BYTES = 1 << 20
 _PARQUET_ROWS = 64
-
-
-class Source(NamedTuple):
-    """One input file: where it is, and the name that the shard index keeps for it."""
-
-    path: Path
-    name: str
 
 
 class Piece(NamedTuple):
@@ -32,62 +25,101 @@ class Piece(NamedTuple):
 
 
 Advance = Callable[[int], object]
-"""Called with a number of bytes of the input file just read."""
+"""Called with a number of bytes of the input just read."""
 
 
-def find_sources(inputs: tuple[str, ...]) -> list[Source]:
-    """Every file that `inputs` means, in reading order.
+class Source(Protocol):
+    """One input, of whatever kind, as `prepare` reads it."""
+
+    @property
+    def name(self) -> str:
+        """What the shard index keeps."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """What errors call it."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Equal for two inputs that mean the same text."""
+        ...
+
+    @property
+    def size(self) -> int | None:
+        """Bytes that `pieces` will report to `advance`; None if nobody knows."""
+        ...
+
+    def pieces(self, text_key: str, advance: Advance) -> Iterator[Piece]:
+        """The documents, as pieces in order."""
+        ...
+
+
+class FileSource(NamedTuple):
+    """One input file: where it is, and the name that the shard index keeps for it."""
+
+    path: Path
+    name: str
+
+    @property
+    def place(self) -> str:
+        """The path as given."""
+        return str(self.path)
+
+    @property
+    def identity(self) -> str:
+        """The file itself, whichever way leads there."""
+        return str(self.path.resolve())
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self.path.stat().st_size
+
+    def pieces(self, text_key: str, advance: Advance) -> Iterator[Piece]:
+        """The documents of the file, as pieces in order; a .txt file is one document."""
+        kind = self.path.suffix.lower()
+        if kind == ".txt":
+            yield from _read_text(self.path, advance)
+        elif kind == ".jsonl":
+            yield from _read_jsonl(self.path, text_key, advance)
+        else:
+            yield from _read_parquet(self.path, text_key, advance)
+
+
+def find_files(given: str) -> list[FileSource]:
+    """Every file that an input means, in reading order.
 
     A file stands for itself and is named by its file name. A folder stands for the .txt, .jsonl and
     .parquet files below it, sorted by their path inside it, which is also their name; names that
     begin with a dot are left out. FileNotFoundError for a path that does not exist; ValueError for
-    a file of another kind, a folder without such files, or a file meant twice.
+    a file of another kind or a folder without such files.
     """
-    sources: list[Source] = []
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            sources += _sources_below(path)
-        elif not path.exists():
-            raise FileNotFoundError(f"inputs: {path} does not exist")
-        elif path.suffix.lower() not in KINDS:
-            raise ValueError(
-                f"inputs: expected {', '.join(KINDS)} or a folder of those, got {path}; "
-                "rename a file of plain text to .txt"
-            )
-        else:
-            sources.append(Source(path, path.name))
-    seen: set[Path] = set()
-    for source in sources:
-        real = source.path.resolve()
-        if real in seen:
-            raise ValueError(f"inputs: {source.path} is meant twice; name each file once")
-        seen.add(real)
-    return sources
+    path = Path(given)
+    if path.is_dir():
+        return _files_below(path)
+    if not path.exists():
+        raise FileNotFoundError(f"inputs: {path} does not exist")
+    if path.suffix.lower() not in KINDS:
+        raise ValueError(
+            f"inputs: expected {', '.join(KINDS)} or a folder of those, got {path}; "
+            "rename a file of plain text to .txt"
+        )
+    return [FileSource(path, path.name)]
 
 
-def _sources_below(folder: Path) -> list[Source]:
+def _files_below(folder: Path) -> list[FileSource]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(parent, name)
             if path.suffix.lower() in KINDS and not name.startswith("."):
-                found.append(Source(path, path.relative_to(folder).as_posix()))
+                found.append(FileSource(path, path.relative_to(folder).as_posix()))
     if not found:
         raise ValueError(f"inputs: no {', '.join(KINDS)} file in the folder {folder}")
     return sorted(found, key=lambda source: source.name)
-
-
-def read_pieces(source: Source, text_key: str, advance: Advance) -> Iterator[Piece]:
-    """The documents of one file, as pieces in order; a .txt file is one document."""
-    kind = source.path.suffix.lower()
-    if kind == ".txt":
-        yield from _read_text(source.path, advance)
-    elif kind == ".jsonl":
-        yield from _read_jsonl(source.path, text_key, advance)
-    else:
-        yield from _read_parquet(source.path, text_key, advance)
 
 
 def _read_text(path: Path, advance: Advance) -> Iterator[Piece]:
@@ -148,10 +180,11 @@ def _text_of_json(line: bytes, text_key: str, place: str) -> str:
     if text_key not in row:
         keys = ", ".join(map(repr, row)) or "none"
         raise ValueError(f"{place}: expected the key {text_key!r}, got keys {keys}; set text_key")
-    return _checked_text(row[text_key], place, text_key)
+    return checked_text(row[text_key], place, text_key)
 
 
-def _checked_text(value: object, place: str, text_key: str) -> str:
+def checked_text(value: object, place: str, text_key: str) -> str:
+    """The text of one row, "" for null; ValueError naming the place if it is no Unicode text."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -166,12 +199,12 @@ def _checked_text(value: object, place: str, text_key: str) -> str:
     return value
 
 
-def check_parquet(sources: list[Source], text_key: str) -> None:
+def check_parquet(files: list[FileSource], text_key: str) -> None:
     """Refuse, before any work, parquet files that cannot be read or lack the column.
 
     ImportError without pyarrow; ValueError naming the file and the columns it has.
     """
-    paths = [source.path for source in sources if source.path.suffix.lower() == ".parquet"]
+    paths = [file.path for file in files if file.path.suffix.lower() == ".parquet"]
     if paths and importlib.util.find_spec("pyarrow") is None:
         raise ImportError(
             f'{paths[0]}: reading parquet needs pyarrow; pip install "gated-slots[parquet]"'
@@ -204,5 +237,5 @@ def _read_parquet(path: Path, text_key: str, advance: Advance) -> Iterator[Piece
             for value in batch.column(0).to_pylist():
                 number += 1
                 place = f"{path}, row {number}"
-                yield Piece(_checked_text(value, place, text_key), True)
+                yield Piece(checked_text(value, place, text_key), True)
             advance(size * batch.num_rows // total)

@@ -127,6 +127,12 @@ class TokenShards:
         """The tokenizer that made these tokens (a transformers fast tokenizer)."""
         return load_tokenizer(self.tokenizer_folder)
 
+    @property
+    def tokenizer_key(self) -> tuple[object, ...]:
+        """What is equal for shards made with the same tokenizer, and for no others."""
+        definition = self.tokenizer_folder / "tokenizer.json"
+        return self.vocab_size, self.eos_id, definition.is_file() and definition.read_bytes()
+
     def require_vocab_size(self, vocab_size: int) -> None:
         """ValueError if a model of this vocabulary cannot take every token of the shards."""
         if vocab_size < self.vocab_size:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,6 +26,7 @@ from gsa.model.loading import (
     read_weights,
     to_new_layout,
 )
+from gsa.model.loss import CHUNK_LOGITS, next_token_loss, next_token_loss_of_hidden
 
 
 class GSABlock(GradientCheckpointingLayer):
@@ -274,6 +274,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        loss_only: bool = False,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits [B, T, W], and with labels the mean cross-entropy in nats per token.
 
@@ -283,6 +284,8 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
             logits_to_keep: only the logits of the last n tokens, or of the given indices; 0 is all.
             num_items_in_batch: divides the summed loss instead of the number of labels here; for
                 gradient accumulation.
+            loss_only: with labels, leaves out the logits where they are many, which then are never
+                all there at once (`linear_cross_entropy`).
             Others as in `GSAModel.forward`; cu_seqlens does not mask labels at boundaries: the
             first label of each document should be -100.
         """
@@ -302,8 +305,19 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
         )
+        hidden = outputs.last_hidden_state
+        many = hidden.shape[:2].numel() * self.vocab_size > CHUNK_LOGITS
+        if loss_only and labels is not None and many and type(self.lm_head) is nn.Linear:
+            output = CausalLMOutputWithPast(
+                loss=next_token_loss_of_hidden(
+                    hidden, self.lm_head.weight, labels, num_items_in_batch
+                ),
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+            )
+            return output if return_dict is not False else output.to_tuple()
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = self.lm_head(hidden[:, keep])
         output = CausalLMOutputWithPast(
             loss=None if labels is None else next_token_loss(logits, labels, num_items_in_batch),
             logits=logits,
@@ -311,20 +325,3 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return output if return_dict is not False else output.to_tuple()
-
-
-def next_token_loss(
-    logits_BTW: Tensor, labels_BT: Tensor, num_items_in_batch: int | Tensor | None = None
-) -> Tensor:
-    """Cross-entropy of token t+1 under the logits at t, in fp32, without labels of -100.
-
-    The mean over labels; or their sum over num_items_in_batch, if that is given.
-    """
-    targets = F.pad(labels_BT[:, 1:], (0, 1), value=-100).to(logits_BTW.device)
-    logits = logits_BTW.float() if logits_BTW.dtype != torch.float64 else logits_BTW
-    total = F.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
-    )
-    if num_items_in_batch is None:
-        return total / (targets != -100).sum().clamp(min=1)
-    return total / torch.as_tensor(num_items_in_batch, device=total.device)

@@ -102,7 +102,7 @@ def gated_slot_attention(
             packed in one row (B = 1, memory [S, G, M, K+V]); sequences may be empty. Contents are
             checked on the CPU; `check_cu_seqlens` checks a device tensor.
         recompute: True keeps little for the backward pass (inputs, scores, a few memories); False
-            also keeps the memory at every chunk boundary (triton: every 256 tokens, which is what
+            also keeps the memory at every chunk boundary (triton: every 512 tokens, which is what
             its backward pass looks at).
         impl: auto, reference, chunked or triton. A named one never falls back; auto takes triton
             on a CUDA device for what its kernels can do, else chunked.

@@ -218,7 +218,8 @@ def setting_rows(runs: Sequence[Run]) -> list[Row]:
         one = {key: value for key, value in config.items() if key not in _OWN}
         one |= {f"model.{key}": value for key, value in model.items()}
         marks = run.settings.get("fingerprints", {})
-        flat.append(one | {f"fingerprint of {key}": str(mark)[:12] for key, mark in marks.items()})
+        kinds = [kind for kind in ("data", "validation") if kind in marks]
+        flat.append(one | {f"fingerprint of {kind}": str(marks[kind])[:12] for kind in kinds})
     return _compared(flat)
 
 

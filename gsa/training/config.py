@@ -33,8 +33,9 @@ FREE_TO_CHANGE = frozenset(
 )
 """Fields that a resumed run may have otherwise than the run it goes on from.
 
-They change no weight. The folders may move, what is in them may not: a checkpoint keeps the
-shards' fingerprints. Another device computes the same thing, but not bit for bit.
+They change no parameter. The folders may move; what is in them may not change, nor the weights by
+which they are mixed: a checkpoint keeps fingerprints and proportions. Another device computes the
+same thing, but not bit for bit.
 """
 
 
@@ -45,7 +46,8 @@ class TrainConfig:
     name: str
     """Name of the run, for people."""
     data: str
-    """Shard folder to train on (gsa data prepare makes one)."""
+    """Shard folder to train on (gsa data prepare makes one), or several with weights:
+    shards/books:0.7,shards/code:0.3."""
     out: str
     """Run folder: metrics, checkpoints, curve, report and the final model."""
     validation: str = ""
@@ -144,6 +146,9 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
+        for name in ("data", "validation"):
+            if getattr(self, name).startswith("hf:"):
+                raise ValueError(_no_stream(name, getattr(self, name)))
         if self.dtype == "fp32" and not self.master_weights:
             raise ValueError("master_weights: expected true with dtype fp32; or take dtype bf16")
         if self.decay > 1:
@@ -169,6 +174,15 @@ class TrainConfig:
     def fixed(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the run it goes on from."""
         return {key: value for key, value in asdict(self).items() if key not in FREE_TO_CHANGE}
+
+
+def _no_stream(name: str, given: str) -> str:
+    return (
+        f"{name}: {given} would be read as a stream while training, and a shuffled stream does not "
+        "resume exactly: what its buffer held is lost, some of it seen twice. Make shards of it "
+        f"first: gsa data prepare {given} --streaming --out shards/{name}; then give "
+        f"--{name} shards/{name}"
+    )
 
 
 def _is_text(value: object) -> bool:

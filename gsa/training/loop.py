@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gsa.data import Batch, PackedRows, TokenShards
+from gsa.data import Batch, MixedRows, PackedRows, TokenShards, open_rows
 from gsa.model import GSAConfig
 from gsa.training import run_folder
 from gsa.training.checkpoint import Checkpoint
@@ -83,13 +83,13 @@ def train(
 def _train(
     config: TrainConfig, resume: str, command: str, objective: Objective, team: Team
 ) -> TrainResult:
-    shards = TokenShards(config.data)
+    rows = open_rows(config.data, seq_len=config.seq_len, seed=config.seed)
+    shards = rows.shards
     validation = TokenShards(config.validation) if config.validation else None
     model_config = build_model_config(config, shards, validation)
     device = pick_device(config.device, team)
     check_sinks(config.sinks)
     check_rows(config, team)
-    rows = PackedRows(shards, seq_len=config.seq_len, seed=config.seed)
     with (
         ExitStack() as lock,
         Display(config.steps, shown=team.first) as display,
@@ -116,7 +116,7 @@ class Trainer:
         self,
         config: TrainConfig,
         model_config: GSAConfig,
-        rows: PackedRows,
+        rows: PackedRows | MixedRows,
         validation: TokenShards | None,
         device: torch.device,
         objective: Objective,
@@ -190,10 +190,9 @@ class Trainer:
 
     def batches(self) -> list[Batch]:
         """This process's share of the batches of the next step."""
-        rows = self.config.rows
-        share = rows // self.team.world
+        rows, team = self.config.rows, self.team
         firsts = (self.at.position + i * rows for i in range(self.config.accumulation))
-        return [self.rows.batch(first + self.team.rank * share, share) for first in firsts]
+        return [self.rows.share(first, rows, team.rank, team.world) for first in firsts]
 
     def step(self) -> dict[str, Any]:
         """One optimizer step, or one skipped because loss or gradient is not finite or a spike.

@@ -28,6 +28,7 @@ def next_token(model: Any, batch: Batch) -> Tensor:
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
         num_items_in_batch=1,
+        loss_only=True,
     )
     return output.loss
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 import gsa
-from gsa.data import TokenShards
+from gsa.data import MixedShards, TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.model import GSAForCausalLM
 from gsa.training.config import TrainConfig
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def token_unit(shards: TokenShards) -> str:
+def token_unit(shards: TokenShards | MixedShards) -> str:
     """What one token of the shards is: "byte" for the byte tokenizer, else "token"."""
     return "byte" if (shards.vocab_size, shards.eos_id) == (VOCAB_SIZE, EOS_ID) else "token"
 
@@ -105,7 +105,7 @@ def report_text(
     config: TrainConfig,
     *,
     model: Any,
-    train: TokenShards,
+    train: TokenShards | MixedShards,
     validation: TokenShards | None,
     state: dict[str, Any],
     command: str,
@@ -118,7 +118,7 @@ def report_text(
     rows = [
         ("parameters", f"{parameters:,}"),
         ("steps", f"{state['step']:,} ({state['skipped']:,} skipped: loss or gradient not finite)"),
-        (f"{unit}s seen", f"{state['tokens']:,} ({state['tokens'] / train.num_tokens:.2f} epochs)"),
+        (f"{unit}s seen", f"{state['tokens']:,} ({_epochs(train, state['tokens'])})"),
         ("training time", f"{minutes:.1f} minutes, validation apart"),
         ("speed", f"{state['tokens'] / max(state['seconds'], 1e-9):,.0f} {unit}s per second"),
     ]
@@ -152,7 +152,7 @@ def finish(
     *,
     config: TrainConfig,
     model: Any,
-    train: TokenShards,
+    train: TokenShards | MixedShards,
     validation: TokenShards | None,
     state: dict[str, Any],
     command: str,
@@ -201,7 +201,20 @@ def _load(folder: Path, device: torch.device) -> Any:
             logging.enable_progress_bar()
 
 
-def _sources(shards: TokenShards, unit: str) -> str:
+def _epochs(train: TokenShards | MixedShards, tokens: int) -> str:
+    if isinstance(train, TokenShards):
+        return f"{tokens / train.num_tokens:.2f} epochs"
+    parts = zip(train.parts, train.weights, strict=True)
+    passes = [f"{float(tokens * w / part.num_tokens):.2f} of {part.folder}" for part, w in parts]
+    return "epochs: " + ", ".join(passes)
+
+
+def _sources(shards: TokenShards | MixedShards, unit: str) -> str:
+    if isinstance(shards, MixedShards):
+        return "\n\n".join(
+            f"{part.folder}, weight {float(weight):.4g}:\n\n{_sources(part, unit)}"
+            for part, weight in zip(shards.parts, shards.weights, strict=True)
+        )
     lines = [
         f"- {source['name']} ({source['tokens']:,} {unit}s"
         + (f", {source['documents']:,} documents)" if source["documents"] > 1 else ")")

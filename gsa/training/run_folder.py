@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from gsa.data import TokenShards
+from gsa.data import MixedShards, TokenShards
 from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
@@ -33,11 +33,14 @@ def open_run_folder(out: str) -> Path:
     return folder
 
 
-def fingerprints(train: TokenShards, validation: TokenShards | None) -> dict[str, str]:
-    """What identifies the data of a run; "" for no validation text."""
+def fingerprints(
+    train: TokenShards | MixedShards, validation: TokenShards | None
+) -> dict[str, str]:
+    """What identifies the data of a run; "" for no validation text, no weights of a mixture."""
     return {
         "data": train.fingerprint,
         "validation": "" if validation is None else validation.fingerprint,
+        "weights": ", ".join(map(str, train.weights)) if isinstance(train, MixedShards) else "",
     }
 
 
@@ -60,6 +63,12 @@ def check_same_run(
         raise RunError(
             f"{where} is of a run with other settings ({'; '.join(differing)}); ask for the "
             "same, or choose another out"
+        )
+    weights = recorded["fingerprints"].get("weights", "")  # runs before mixtures kept none
+    if weights != data["weights"]:
+        raise RunError(
+            f"data: {where} mixed its sources by other weights ({weights or 'one source'} there, "
+            f"{data['weights'] or 'one source'} asked); give the same, or choose another out"
         )
     for name, found in recorded["fingerprints"].items():
         if found and found != data[name]:

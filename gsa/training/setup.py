@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from gsa.data import TokenShards
+from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training.blocks import prepare_blocks
 from gsa.training.config import TrainConfig
@@ -12,20 +12,18 @@ from gsa.training.distributed import Team
 
 
 def build_model_config(
-    config: TrainConfig, shards: TokenShards, validation: TokenShards | None
+    config: TrainConfig, shards: TokenShards | MixedShards, validation: TokenShards | None
 ) -> GSAConfig:
     """The model's configuration: config.model, completed from the shards.
 
     ValueError if it contradicts itself, if the vocabulary does not reach every token of the shards,
     or if the validation shards come from another tokenizer.
     """
-    if validation is not None:
-        ours, theirs = _tokenizer_of(shards), _tokenizer_of(validation)
-        if ours != theirs:
-            raise ValueError(
-                f"validation: {validation.folder} and {shards.folder} were made with different "
-                "tokenizers; prepare both with the same"
-            )
+    if validation is not None and shards.tokenizer_key != validation.tokenizer_key:
+        raise ValueError(
+            f"validation: {validation.folder} and {shards.folder} were made with different "
+            "tokenizers; prepare both with the same"
+        )
     tokenizer = shards.load_tokenizer()
     completed = {
         "vocab_size": shards.vocab_size,
@@ -37,11 +35,6 @@ def build_model_config(
     model_config = GSAConfig(**{**completed, **config.model})
     shards.require_vocab_size(model_config.vocab_size)
     return model_config
-
-
-def _tokenizer_of(shards: TokenShards) -> tuple[object, ...]:
-    definition = shards.tokenizer_folder / "tokenizer.json"
-    return shards.vocab_size, shards.eos_id, definition.is_file() and definition.read_bytes()
 
 
 def pick_device(name: str, team: Team) -> torch.device:

@@ -68,6 +68,32 @@ def test_prepare_train_generate(shards, tmp_path, capsys):
     assert "is complete: nothing to do" in capsys.readouterr().err
 
 
+def test_a_dataset_and_a_mixture_as_typed(corpus, shards, tmp_path, capsys, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows/a.jsonl").write_text(json.dumps({"body": TEXT}) + "\n")
+    other = tmp_path / "other"
+    source = [f"hf:{tmp_path / 'rows'}", "--text-key", "body", "--streaming"]
+    assert main(["data", "prepare", *source, "--out", str(other)]) == 0
+    run = tmp_path / "run"
+    assert main(train_command(f"{shards}:0.75,{other}:0.25", run)) == 0
+    report = (run / "report.md").read_text()
+    assert f"{other}, weight 0.25:" in report and "- rows@train (" in report
+    capsys.readouterr()
+    message = fails(train_command(f"{shards}:0.5,{other}:0.5", run), capsys)
+    assert "by other weights (3/4, 1/4 there, 1/2, 1/2 asked)" in message
+    assert (
+        main(["data", "prepare", str(corpus), "--tokenizer", "mistral", "--out", f"{run}-m"]) == 0
+    )
+    assert "vocabulary 32000" in capsys.readouterr().out
+    message = fails(train_command(f"{shards}:1,{run}-m:1", tmp_path / "none"), capsys)
+    assert "were made with different tokenizers" in message
+    message = fails(train_command("hf:allenai/c4/en", tmp_path / "none"), capsys)
+    assert "does not resume exactly" in message and "gsa data prepare hf:allenai/c4/en" in message
+
+
 def test_options_override_the_recipe(shards, tmp_path):
     run = tmp_path / "run"
     assert main(train_command(shards, run, "--lr=0.005", "--dtype", "bf16", "--clip", "inf")) == 0
@@ -157,7 +183,7 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
         (["data", "cook"], "gsa data: expected 'prepare', got 'cook'"),
-        (["bench"], "gsa bench: expected 'ops' or 'plot' or 'tune' or 'cost', got"),
+        (["bench"], "gsa bench: expected 'ops' or 'plot' or 'tune' or 'cost' or 'training', got"),
         (["bench", "plot", "/no/result.json"], "/no/result.json"),
         (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),
     ],

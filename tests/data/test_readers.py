@@ -69,9 +69,9 @@ def test_many_parquet_batches(tmp_path, run):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"", r"empty\.txt: expected text, got an empty file"),
-        ("mark.txt", b"\xef\xbb\xbf", r"mark\.txt: expected text, got an empty file"),
-        ("empty.jsonl", b"\n\n", r"empty\.jsonl: expected text, got an empty file"),
+        ("empty.txt", b"", r"empty\.txt: expected text, got none"),
+        ("mark.txt", b"\xef\xbb\xbf", r"mark\.txt: expected text, got none"),
+        ("empty.jsonl", b"\n\n", r"empty\.jsonl: expected text, got none"),
         ("nul.txt", b"abc\0def", r"nul\.txt: .*a binary file \(NUL byte at byte 3\)"),
         ("latin.txt", b"caf\xe9 au lait", r"latin\.txt: expected UTF-8 .* at byte 3;"),
         ("cut.txt", "abé".encode()[:-1], r"cut\.txt: expected UTF-8 .* at byte 2;"),

@@ -25,6 +25,29 @@ def test_rms_norm_computes_in_fp32_and_keeps_the_dtype():
     assert RMSNorm(64, 1e-6, affine=False).weight is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_compiled_is_rms_norm(dtype):
+    """It is written otherwise for the compiler; both round an fp64 result, its gradients too."""
+    norm, exact = RMSNorm(64, 1e-6).to(dtype), RMSNorm(64, 1e-6).double()
+    with torch.no_grad():
+        norm.weight += torch.randn(64) / 4
+        exact.weight.copy_(norm.weight)
+    x, d = torch.randn(2, 5, 64).to(dtype).unbind(0)
+
+    def results(function, x, d, weight):
+        y = function(x := x.requires_grad_())
+        return y, *torch.autograd.grad(y, (x, weight), d)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    found = results(compiled, x, d, norm.weight)
+    expected = results(exact, x.detach().double(), d.double(), exact.weight)
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=2 * eps * b.abs().max().item())
+
+
 def test_swiglu_is_its_formula():
     mlp, x = SwiGLU(6, 10), torch.randn(4, 6)
     gate, up = mlp.gate_proj.weight, mlp.up_proj.weight

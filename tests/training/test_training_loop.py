@@ -80,12 +80,21 @@ def test_packed_documents_do_not_see_each_other(make_config):
     batch = PackedRows(TokenShards(config.data), seq_len=64, seed=0).batch(0, 8)
     bounds = batch.cu_seqlens.tolist()
     assert len(bounds) > 9, "documents end within rows"
-    alone = 0.0
+    alone, gradients = 0.0, {}
     for start, end in pairwise(bounds):
         ids = batch.input_ids[:, start:end]
         part = Batch(ids, batch.labels[:, start:end], torch.tensor([0, end - start]).int())
-        alone += next_token(model, part).item()
-    assert next_token(model, batch).item() == pytest.approx(alone, rel=1e-6)
+        loss = next_token(model, part)
+        loss.backward()
+        alone += loss.item()
+    for name, parameter in model.named_parameters():
+        gradients[name], parameter.grad = parameter.grad, None
+    packed = next_token(model, batch)
+    packed.backward()
+    assert packed.item() == pytest.approx(alone, rel=1e-6)
+    for name, parameter in model.named_parameters():
+        expected = gradients[name]
+        assert (parameter.grad - expected).abs().max() < 2e-6 * expected.abs().max(), name
 
 
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(make_config, tmp_path):

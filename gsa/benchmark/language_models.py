@@ -1,0 +1,126 @@
+"""Language models of equal size that are trained beside each other, each with its loss."""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.model.cost import count_parameters, flops_per_token, mean_visible
+from gsa.model.loss import next_token_loss_of_hidden
+
+NAMES = ("gsa", "transformer++", "fla")
+HEAD_WIDTH = 128
+"""Of the Transformer's heads: what FlashAttention is fastest at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A model on its way to be built."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[Any, Tensor], Tensor]
+    """(model, tokens [B, T]) to the mean cross-entropy of next tokens."""
+    flops: Callable[[nn.Module, int], float]
+    """(model, T) to its FLOPs per token, forward and backward."""
+    note: str = ""
+
+
+def rival(name: str, config: GSAConfig, longest: int) -> Rival:
+    """The model of that name whose sizes are those of `config`; ValueError if it is not to be had.
+
+    longest: tokens of the longest sequence.
+    """
+    if name == "gsa":
+        return Rival(
+            name=name,
+            build=lambda: GSAForCausalLM(config),
+            loss=gsa_loss,
+            flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
+        )
+    if name == "transformer++":
+        return transformer(config, longest)
+    if name == "fla":
+        return fla(config)
+    raise ValueError(f"models: expected {', '.join(NAMES)}, got {name!r}")
+
+
+def gsa_loss(model: Any, tokens_BT: Tensor) -> Tensor:
+    return model(input_ids=tokens_BT, labels=tokens_BT, loss_only=True).loss
+
+
+def transformer(config: GSAConfig, longest: int) -> Rival:
+    """transformers' Llama with torch's scaled_dot_product_attention and our loss."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = max(1, config.hidden_size // HEAD_WIDTH)
+    equal = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=longest,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings,
+        use_cache=False,
+    )
+    equal._attn_implementation = "sdpa"
+
+    def loss(model: Any, tokens: Tensor) -> Tensor:
+        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        return next_token_loss_of_hidden(hidden, model.lm_head.weight, tokens)
+
+    def flops(model: nn.Module, tokens: int) -> float:
+        """6 for each weight of a product, and 12 a token seen, width and layer."""
+        weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+        seen = mean_visible(tokens, None)
+        return 6.0 * weights + 12.0 * config.num_hidden_layers * config.hidden_size * seen
+
+    note = f"transformers' Llama, {heads} heads of {config.hidden_size // heads}, SDPA"
+    return Rival(
+        name="transformer++",
+        build=lambda: LlamaForCausalLM(equal),
+        loss=loss,
+        flops=flops,
+        note=note,
+    )
+
+
+def fla(config: GSAConfig) -> Rival:
+    """flash-linear-attention's own GSA model with its own fused parts, not compiled."""
+    if importlib.util.find_spec("fla") is None:
+        raise ValueError(
+            "models: fla needs flash-linear-attention, which is not installed; "
+            "pip install 'gated-slots[peers]'"
+        )
+    from fla.models import GSAConfig as FlaConfig  # type: ignore
+    from fla.models import GSAForCausalLM as FlaModel  # type: ignore
+
+    equal = FlaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.num_hidden_layers,
+        num_heads=config.num_heads,
+        num_slots=config.num_slots,
+        use_cache=False,
+    )
+    return Rival(
+        name="fla",
+        build=lambda: FlaModel(equal),
+        loss=lambda model, tokens: model(input_ids=tokens, labels=tokens).loss,
+        flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
+        note="flash-linear-attention's GSA model, its own kernels and fused parts, not compiled",
+    )
+
+
+def sizes(config: GSAConfig, models: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Trained parameters; a tied head counts once."""
+    found = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert found.get("gsa", count_parameters(config).total) == count_parameters(config).total
+    return found
