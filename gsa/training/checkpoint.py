@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from gsa.training.distributed import Team
 from gsa.training.errors import RunError
@@ -90,7 +90,7 @@ def read_tensors(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         alone = team.mesh is None
-        dcp.load(tensors, storage_reader=reader, process_group=team.savers, no_dist=alone)
+        load(tensors, storage_reader=reader, process_group=team.savers, no_dist=alone)
     return tensors
 
 

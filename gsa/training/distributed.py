@@ -5,8 +5,8 @@
         team.sum(loss)
 
 Each process holds a share of every parameter and of its moments (FSDP2), and of every batch. Over
-several hosts, each host holds the whole model, shared among its processes (HSDP). One process
-without torchrun has no process group, and every method is then what it would do alone.
+several hosts, each holds the whole model, shared among its processes (HSDP). One process without
+torchrun has no process group, and every method is then what it would do alone.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import get_node_local_rank
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -148,6 +149,11 @@ class Team:
         return [value for value, _ in answers]
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether a process holds its share of the model only."""
+    return isinstance(model, FSDPModule)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process has a part, put together; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -174,9 +180,10 @@ def join(device: str) -> Iterator[Team]:
 
 
 def _team(device_type: str, world: int) -> Team:
+    rank = dist.get_rank()
+    local = get_node_local_rank(rank)
     if device_type == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank(0))
-    local = dist.get_node_local_rank(0)
+        torch.cuda.set_device(local)
     of_hosts = torch.tensor([int(local == 0), local + 1])
     dist.all_reduce(of_hosts[:1])
     dist.all_reduce(of_hosts[1:], dist.ReduceOp.MAX)
@@ -186,10 +193,10 @@ def _team(device_type: str, world: int) -> Team:
             f"torchrun: expected the same number of processes on each host, got {world} on "
             f"{hosts} hosts with up to {most}; give each the same --nproc-per-node"
         )
-    shape, names = ((world,), ("shard",)) if hosts == 1 else ((hosts, most), ("replicate", "shard"))
-    return Team(
-        rank=dist.get_rank(),
-        world=world,
-        mesh=init_device_mesh(device_type, shape, mesh_dim_names=names),
-        savers=dist.new_group(backend="gloo"),
-    )
+    shape, names = (hosts, most), ("replicate", "shard")
+    if 1 in shape:  # hosts of one process each share the model among them
+        shape, names = (world,), ("shard",)
+    savers = dist.new_group(backend="gloo")
+    assert isinstance(savers, dist.ProcessGroup)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return Team(rank=rank, world=world, mesh=mesh, savers=savers)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
 import gsa
@@ -16,6 +15,7 @@ from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.model import GSAForCausalLM
 from gsa.training.config import TrainConfig
 from gsa.training.curves import short_number, smoothed, smoothing
+from gsa.training.distributed import is_sharded
 from gsa.training.errors import RunError
 from gsa.training.export import export_into, write_model
 from gsa.training.export_run import write_from_checkpoint
@@ -162,7 +162,7 @@ def finish(
     A sharded model is taken from the last checkpoint. RunError if there is no room; the checkpoints
     are untouched.
     """
-    sharded = isinstance(model, FSDPModule)
+    sharded = is_sharded(model)
     last = folder / CHECKPOINTS / f"step-{state['step']:08d}"
     try:
         if sharded:
@@ -177,7 +177,7 @@ def finish(
         ) from error
     continuation = ""
     if config.prompt:
-        speaker = _load(folder, model.device) if sharded else model
+        speaker = _load(folder, next(model.parameters()).device) if sharded else model
         continuation = sample(speaker, train.load_tokenizer(), config.prompt, config.seed)
     text = report_text(
         config,

@@ -9,11 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from gsa.training.checkpoint import (
     RNG,
@@ -91,7 +92,7 @@ class Saver:
         try:
             team.together(lambda: begin(folder) if team.first else None)
             writer = HuggingFaceStorageWriter(str(partial / SHARDS), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, process_group=team.savers)
+            save(tensors, storage_writer=writer, process_group=team.savers)
             team.together(lambda: self._write_rest(partial, model, rng, state))
             # Not before all have written: temporary files of others are no part of it.
             files = team.together(lambda: digest(partial, self._own_files(partial)))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from gsa.cli import main
@@ -67,6 +68,13 @@ def test_prepare_train_generate(shards, tmp_path, capsys):
     assert main(command) == 0
     assert "is complete: nothing to do" in capsys.readouterr().err
 
+    exported = tmp_path / "exported"
+    assert main(["export", str(run), "--out", str(exported)]) == 0
+    assert capsys.readouterr().out == f"{exported}\n"
+    found = load_file(exported / "model.safetensors")
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert f"out: {exported} exists" in fails(["export", str(run), "--out", str(exported)], capsys)
+
 
 def test_a_dataset_and_a_mixture_as_typed(corpus, shards, tmp_path, capsys, monkeypatch):
     import datasets
@@ -96,10 +104,11 @@ def test_a_dataset_and_a_mixture_as_typed(corpus, shards, tmp_path, capsys, monk
 
 def test_options_override_the_recipe(shards, tmp_path):
     run = tmp_path / "run"
-    assert main(train_command(shards, run, "--lr=0.005", "--dtype", "bf16", "--clip", "inf")) == 0
+    options = ("--lr=0.005", "--dtype", "bf16", "--clip", "inf", "--no-master-weights")
+    assert main(train_command(shards, run, *options)) == 0
     config = json.loads((run / "train.json").read_text())["config"]
     assert (config["lr"], config["dtype"], config["steps"]) == (0.005, "bf16", 8)
-    assert config["clip"] == float("inf")
+    assert config["clip"] == float("inf") and config["master_weights"] is False
 
 
 def test_info_says_what_runs_here(capsys):

@@ -10,6 +10,7 @@ from training_runs import in_teams, stopped_at, succeeded
 from gsa.data import PrepareConfig, prepare
 from gsa.recipes import tiny
 from gsa.training import TrainConfig, train
+from gsa.training.lock import RunLock
 
 WORDS = [
     "the",
@@ -118,18 +119,21 @@ def pair(runs):
     ones, twos = (str(runs.at(f"{n}-stopped", STOP)) for n in (1, 2))
     first = str(runs.at("2-full", "checkpoints/step-00000005"))
     plain = ("auto", "next token")
-    said = succeeded(
-        in_teams(
-            2,
-            (runs("2-whole"), "auto", "recorded", str(runs.folder)),
-            # The second process alone gets the signal: 7 steps and 2 batches of validation.
-            (runs("2-stopped"), "auto", "stopped at", 9),
-            (runs("2-on"), twos, "next token"),
-            (runs("2-frozen-from-1"), ones, "never finite"),
-            (runs("2-skipping"), "auto", "infinite at", 3),
-            (runs("2-full"), "auto", "full disk at", 7, first),
-            *[(runs(f"2-{name}", **changes), *plain) for name, changes in VARIANTS.items()],
+    runs.at("2-locked").mkdir()
+    with RunLock(runs.at("2-locked")):
+        said = succeeded(
+            in_teams(
+                2,
+                (runs("2-locked"), *plain),
+                (runs("2-whole", prompt="the slot"), "auto", "recorded", str(runs.folder)),
+                # The second process alone gets the signal: 7 steps and 2 batches of validation.
+                (runs("2-stopped"), "auto", "stopped at", 9),
+                (runs("2-on"), twos, "next token"),
+                (runs("2-frozen-from-1"), ones, "never finite"),
+                (runs("2-skipping"), "auto", "infinite at", 3),
+                (runs("2-full"), "auto", "full disk at", 7, first),
+                *[(runs(f"2-{name}", **changes), *plain) for name, changes in VARIANTS.items()],
+            )
         )
-    )
-    assert said.count(" ends: ") == 2, said  # both of 2-full
+    assert said.count(" ends: ") == 4, said  # both of 2-locked and 2-full
     return said

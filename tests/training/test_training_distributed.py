@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
+    command_of,
     in_teams,
     losses,
     never_finite,
     succeeded,
     tensors_of,
+    torchrun,
 )
 from transformers import AutoModelForCausalLM
 
@@ -29,20 +31,27 @@ END = "checkpoints/step-00000012"
 UNEVEN = {"model": {"gate": "data_independent"}}  # [2 heads, 8 slots]: fewer rows than processes
 
 
-@pytest.fixture(scope="module")
-def hosts(runs, pair):
-    """The same in four processes, started as two hosts of two would start them."""
+def two_hosts(processes, *tasks):
+    """Launches as two hosts would start them, of so many processes each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    return [
+        in_teams(number, *tasks, options=(*where, "--node-rank", str(i)))
+        for i, number in enumerate(processes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def hosts(runs, pair):
+    """The same in four processes on two hosts."""
     tasks = (
         (runs("2x2-passes", accumulation=2), "auto", "next token"),
         (runs("2x2-on-from-1"), str(runs.at("1-stopped", STOP)), "next token"),
         (runs("2x2-frozen-from-2"), str(runs.at("2-stopped", STOP)), "never finite"),
     )
-    started = [in_teams(2, *tasks, options=(*where, "--node-rank", str(i))) for i in (0, 1)]
-    said = "".join(map(succeeded, started))
+    said = "".join(map(succeeded, two_hosts((2, 2), *tasks)))
     assert " ends: " not in said
     return said
 
@@ -106,6 +115,7 @@ def test_two_processes_train_as_one(runs, pair):
     assert_close_runs(runs, "2-whole")
     a, b = (load_file(runs.at(name, "model.safetensors")) for name in ("1-whole", "2-whole"))
     assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
+    assert "    the slot" in runs.at("2-whole", "report.md").read_text(), "it can be asked"
     assert "held-out loss" in pair and pair.count(f"finished: {runs.at('2-whole')}") == 1
 
 
@@ -158,6 +168,11 @@ def test_a_signal_to_one_stops_all_and_they_go_on_bit_for_bit(runs, pair):
     assert_same_tensors(runs.at("2-on", END), runs.at("2-whole", END))
 
 
+def test_a_folder_in_use_ends_all(runs, pair):
+    for rank in (0, 1):
+        assert f"process {rank} ends: {runs.at('2-locked')}: in use by another run" in pair
+
+
 def test_a_loss_not_finite_in_one_is_skipped_by_all(runs, pair):
     rows = losses(runs.at("2-skipping"))
     assert [row[1] for row in rows if row[2] is None] == [3]
@@ -192,6 +207,14 @@ def test_one_goes_on_from_two_hosts(runs, hosts):
     before = runs.at("2x2-passes", "checkpoints/step-00000010")
     train(runs("1-frozen-from-2x2", accumulation=2), resume=str(before), objective=never_finite())
     assert_same_tensors(runs.at("1-frozen-from-2x2", END), before)
+
+
+@pytest.mark.slow
+def test_hosts_start_as_many_processes_each(runs):
+    started = two_hosts((1, 2), (runs("1+2"), "auto", "next token"))
+    errors = [process.communicate()[1] for process in started]
+    assert all(process.returncode != 0 for process in started)
+    assert "expected the same number of processes on each host" in "".join(errors)
 
 
 @pytest.mark.slow
@@ -242,3 +265,20 @@ def test_rows_must_divide(runs):
     check_rows(runs("x"), Team(world=2))
     with pytest.raises(ValueError, match=r"rows: expected a multiple of 3.*got 4"):
         check_rows(runs("x"), Team(world=3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_two_gpus_train_as_one(runs, dtype):
+    """fp32 as on CPUs; bf16 rounds to 2^-8, and a mean over hundreds of tokens to less."""
+    settings = {"device": "cuda", "dtype": dtype}
+    train(runs(f"1-{dtype}-gpu", **settings))
+    train(runs(f"1-{dtype}-gpu-halves", **settings, rows=2, accumulation=2))
+    two = runs(f"2-{dtype}-gpu", **settings)
+    succeeded(torchrun(2, command_of(two)))
+    if dtype == "fp32":
+        assert_close_runs(runs, "2-fp32-gpu", "1-fp32-gpu", "1-fp32-gpu-halves")
+    a, b = (losses(runs.at(f"{n}-{dtype}-gpu")) for n in (1, 2))
+    assert [row[2] for row in b] == pytest.approx([row[2] for row in a], rel=2**-8)
+    export_run(ExportConfig(source=two.out, out=str(runs.at(f"exported-{dtype}-gpu"))))
