@@ -40,6 +40,8 @@ BASE = TrainConfig(name="x", data="d", out="o", validation="v")
         ("optimizer", "sgd", "adamw"),
         ("recompute", -1, "at least 0"),
         ("compile", 1, "true or false"),
+        ("lean", 1, "true or false"),
+        ("lean", True, "false without compile"),
         ("clip", float("nan"), "above 0"),
         ("dtype", "fp16", "fp32"),
         ("seed", -1, "at least 0"),
