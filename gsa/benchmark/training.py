@@ -46,6 +46,8 @@ class BenchTrainingConfig:
     """What weights, gradients and moments are kept in; products are in bf16 either way."""
     eager: bool = False
     """Do not compile blocks; fla's never are, it brings its own fused parts."""
+    lean: bool = False
+    """Compiled blocks compute again what is elementwise (`gsa train --lean`)."""
     repeats: int = 5
     """Turns of each model; the median counts."""
     steps: int = 3
@@ -88,7 +90,11 @@ class Trainee:
         with device:
             self.model: nn.Module = rival.build()
         settings = TrainConfig(
-            name="bench", data="-", out="-", compile=not config.eager and rival.name != "fla"
+            name="bench",
+            data="-",
+            out="-",
+            compile=not config.eager and rival.name != "fla",
+            lean=config.lean and rival.name != "fla",
         )
         self.model.to(torch.bfloat16 if config.weights == "bf16" else torch.float32).train()
         if rival.name != "fla":

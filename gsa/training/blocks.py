@@ -3,9 +3,15 @@
 from functools import partial
 from typing import Any
 
+import torch
+import torch._functorch.config
 from torch.utils.checkpoint import checkpoint
 
 from gsa.training.config import TrainConfig
+
+LEAN = 0.9
+"""Of what a compiled block would keep; below 1 the compiler begins with what costs nearly nothing
+to compute again, and that is far more than a tenth. It is a setting of the process."""
 
 
 def prepare_blocks(model: Any, config: TrainConfig) -> None:
@@ -14,9 +20,15 @@ def prepare_blocks(model: Any, config: TrainConfig) -> None:
     Blocks are compiled one by one: all are alike, so one graph serves all of them.
     """
     recompute_blocks(model, config.recompute)
+    if config.compile:
+        compile_blocks(model, lean=config.lean)
+
+
+def compile_blocks(model: Any, *, lean: bool) -> None:
+    """Compiles each block, when it is first called; lean as in `TrainConfig`."""
+    torch._functorch.config.activation_memory_budget = LEAN if lean else 1.0
     for block in model.model.layers:
-        if config.compile:
-            block.compile(fullgraph=True)
+        block.compile(fullgraph=True)
 
 
 def recompute_blocks(model: Any, every: int) -> None:

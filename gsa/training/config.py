@@ -96,6 +96,9 @@ class TrainConfig:
     pass: 1 for all blocks (least memory), 0 for none."""
     compile: bool = False
     """Compile each block with torch.compile: faster steps after minutes of compilation."""
+    lean: bool = False
+    """Compiled blocks keep results of matrix products and of the operator only, and compute again
+    what is elementwise: less memory for a little time."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""
     validation_interval: int = 0
@@ -140,12 +143,14 @@ class TrainConfig:
             if getattr(self, name) not in get_args(kinds):
                 expected = f"one of {get_args(kinds)}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        for name in ("compile", "master_weights"):
+        for name in ("compile", "lean", "master_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.lean and not self.compile:
+            raise ValueError("lean: expected false without compile, which is what it is about")
         for name in ("data", "validation"):
             if getattr(self, name).startswith("hf:"):
                 raise ValueError(_no_stream(name, getattr(self, name)))

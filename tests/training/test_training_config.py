@@ -42,6 +42,8 @@ BASE = TrainConfig(name="x", data="d", out="o", validation="v")
         ("compile", 1, "true or false"),
         ("master_weights", 0, "true or false"),
         ("master_weights", False, "true with dtype fp32"),
+        ("lean", 1, "true or false"),
+        ("lean", True, "false without compile"),
         ("clip", float("nan"), "above 0"),
         ("dtype", "fp16", "fp32"),
         ("seed", -1, "at least 0"),

@@ -276,6 +276,37 @@ def test_every_recomputed_block_keeps_its_input_only(make_config):
     assert none - half == pytest.approx(half - all_of_them, rel=0.05)
 
 
+def test_lean_blocks_keep_less_and_compute_the_same(make_config, monkeypatch):
+    compile_block = torch.nn.Module.compile
+    backend = "aot_eager_decomp_partition"  # splits a graph as inductor does
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **o: compile_block(self, backend=backend, **o)
+    )
+    ids = torch.randint(258, (2, 64))
+
+    def run(lean):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        config = make_config(compile=True, lean=lean)
+        options = {**config.model, "vocab_size": 258, "num_hidden_layers": 2}
+        model = GSAForCausalLM(GSAConfig(**options)).train()
+        prepare_blocks(model, config)
+        sizes = {}
+
+        def pack(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        return sum(sizes.values()), loss, [p.grad for p in model.parameters()]
+
+    (lean, *found), (plain, *expected) = run(True), run(False)
+    assert lean < 0.8 * plain
+    torch.testing.assert_close(found, expected)
+
+
 def test_one_graph_serves_all_compiled_blocks(make_config, monkeypatch):
     """No graph breaks, and blocks that are alike share a graph."""
     torch.compiler.reset()
