@@ -23,6 +23,7 @@ from gsa.training.checkpoint import Checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team, join, whole
 from gsa.training.errors import RunError
+from gsa.training.gauge import Gauge
 from gsa.training.lock import RunLock
 from gsa.training.objective import Objective, next_token, num_targets, to_device
 from gsa.training.optimizer import build_optimizer
@@ -131,6 +132,7 @@ class Trainer:
         self.model = build_model(config, model_config, device, team)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
+        self.gauge = Gauge(config, model_config, device, team.world)
         self.at = Progressed()
 
     def run(
@@ -203,6 +205,7 @@ class Trainer:
         """
         config, at, team = self.config, self.at, self.team
         started = time.perf_counter()
+        self.gauge.begin()
         batches = self.batches()
         data_wait = time.perf_counter() - started
         targets = max(team.total(sum(num_targets(batch) for batch in batches)), 1)
@@ -225,10 +228,9 @@ class Trainer:
             "lr": lr,
             "grad_norm": norm.item(),
             "tokens": at.tokens,
-            "tokens_per_s": tokens / seconds,
-            "seconds": at.seconds,
             "skipped": at.skipped,
             "data_wait": data_wait,
+            **self.gauge.readings(step=at.step, tokens=tokens, seconds=seconds, total=at.seconds),
         }
 
     def _backward(self, batches: list[Batch], targets: int) -> tuple[Tensor, Tensor]:
