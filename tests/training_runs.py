@@ -47,11 +47,25 @@ def start(config, program=DRIVER):
     return start_command([sys.executable, "-c", program, json.dumps(config.to_dict())])
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Models as small as ours lose time by more threads, where other processes want the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def torchrun(processes, arguments, *options):
-    """A launch of several processes on this machine; no options: a port of its own."""
+    """A launch of several processes on this machine; no options: a port of its own.
+
+    One thread each: more than there are cores wait for one another.
+    """
     chosen = options or ("--standalone",)
     torch_run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return start_command([*torch_run, *chosen, *arguments])
+    return start_command([*torch_run, *chosen, *arguments], threads=1)
 
 
 def in_teams(processes, *runs, options=()):
@@ -67,8 +81,9 @@ def succeeded(process):
     return output + errors
 
 
-def start_command(command):
-    threads = str(torch.get_num_threads())
+def start_command(command, threads=None):
+    """threads: of each process; as many as here, so that its numbers are the same."""
+    threads = str(threads or torch.get_num_threads())
     paths = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": paths}
     return subprocess.Popen(

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from training_runs import in_teams, stopped_at, succeeded
+from training_runs import in_teams, one_thread, stopped_at, succeeded
 
 from gsa.data import PrepareConfig, prepare
 from gsa.recipes import tiny
@@ -105,11 +105,12 @@ VARIANTS = {
 def runs(shard_folders, tmp_path_factory):
     """Runs of one process: whole, in two and four passes a step, stopped in step 7, variants."""
     made = Runs(shard_folders, tmp_path_factory.mktemp("runs"))
-    for name, parts in (("1-whole", 1), ("1-halves", 2), ("1-quarters", 4)):
-        train(made(name, rows=4 // parts, accumulation=parts))
-    train(made("1-stopped"), objective=stopped_at(10))  # 7 steps and 3 batches of validation
-    for name, changes in VARIANTS.items():
-        train(made(f"1-{name}", **changes))
+    with one_thread():
+        for name, parts in (("1-whole", 1), ("1-halves", 2), ("1-quarters", 4)):
+            train(made(name, rows=4 // parts, accumulation=parts))
+        train(made("1-stopped"), objective=stopped_at(10))  # 7 steps and 3 batches of validation
+        for name, changes in VARIANTS.items():
+            train(made(f"1-{name}", **changes))
     return made
 
 

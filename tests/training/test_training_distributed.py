@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from training_runs import (
     in_teams,
     losses,
     never_finite,
+    one_thread,
     succeeded,
     tensors_of,
     torchrun,
@@ -29,6 +31,12 @@ END = "checkpoints/step-00000012"
 
 
 UNEVEN = {"model": {"gate": "data_independent"}}  # [2 heads, 8 slots]: fewer rows than processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 def two_hosts(processes, *tasks):
@@ -207,6 +215,44 @@ def test_one_goes_on_from_two_hosts(runs, hosts):
     before = runs.at("2x2-passes", "checkpoints/step-00000010")
     train(runs("1-frozen-from-2x2", accumulation=2), resume=str(before), objective=never_finite())
     assert_same_tensors(runs.at("1-frozen-from-2x2", END), before)
+
+
+COMPILED = """
+import copy
+from functools import partial
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.recipes import tiny
+from gsa.training.blocks import prepare_blocks
+from gsa.training.config import TrainConfig
+from gsa.training.distributed import join, whole
+
+counter = CompileCounterWithBackend("aot_eager")
+torch.nn.Module.compile = partial(torch.nn.Module.compile, backend=counter)
+compile_block = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **options: compile_block(self, **options)
+config = TrainConfig(name="x", data="x", out="x", compile=True)
+with join("cpu") as team:
+    torch.manual_seed(0)
+    options = {**tiny().model, "vocab_size": 258, "num_hidden_layers": 4}
+    model = GSAForCausalLM(GSAConfig(**options)).train()
+    eager = copy.deepcopy(model)
+    prepare_blocks(model, config)
+    team.shard(model, config)
+    ids = torch.randint(258, (1, 64))
+    for one in (model, eager):
+        one(ids, labels=ids).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.grad), 2 * q.grad, msg=name)
+    assert counter.frame_count == 1, counter.frame_count
+"""
+
+
+@pytest.mark.slow
+def test_one_graph_serves_all_sharded_blocks():
+    """And gradients are summed: both processes have the same tokens, which count twice."""
+    succeeded(torchrun(2, ["--no-python", sys.executable, "-c", COMPILED]))
 
 
 @pytest.mark.slow

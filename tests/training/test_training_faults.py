@@ -16,6 +16,7 @@ from training_runs import (
     command_of,
     kill_all,
     losses,
+    one_thread,
     start_command,
     succeeded,
     tensors_of,
@@ -26,6 +27,12 @@ from training_runs import (
 
 from gsa.training import RunError, train
 from gsa.training.checkpoint import find_checkpoint, open_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
 
 
 def damage(path, how):
