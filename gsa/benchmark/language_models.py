@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.model.cost import count_parameters, flops_per_token, mean_visible
-from gsa.model.loss import next_token_loss_of_hidden
+from gsa.model.loss import IGNORE, next_token_loss_of_hidden
 
 NAMES = ("gsa", "transformer++", "fla")
 HEAD_WIDTH = 128
@@ -29,16 +30,18 @@ class Rival:
     note: str = ""
 
 
-def rival(name: str, config: GSAConfig, longest: int) -> Rival:
+def rival(name: str, config: GSAConfig, longest: int, *, packed: bool = False) -> Rival:
     """The model of that name whose sizes are those of `config`; ValueError if it is not to be had.
 
-    longest: tokens of the longest sequence.
+    Args:
+        longest: tokens of the longest sequence.
+        packed: gsa gets its rows end to end in one, with their boundaries, as it is trained.
     """
     if name == "gsa":
         return Rival(
             name=name,
             build=lambda: GSAForCausalLM(config),
-            loss=gsa_loss,
+            loss=packed_loss if packed else gsa_loss,
             flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
         )
     if name == "transformer++":
@@ -50,6 +53,20 @@ def rival(name: str, config: GSAConfig, longest: int) -> Rival:
 
 def gsa_loss(model: Any, tokens_BT: Tensor) -> Tensor:
     return model(input_ids=tokens_BT, labels=tokens_BT, loss_only=True).loss
+
+
+def packed_loss(model: Any, tokens_BT: Tensor) -> Tensor:
+    """`gsa_loss` of the same rows as gsa train lays them out."""
+    B, T = tokens_BT.shape
+    labels = tokens_BT.clone()
+    labels[:, 0] = IGNORE
+    bounds = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+    return model(
+        input_ids=tokens_BT.view(1, -1),
+        labels=labels.view(1, -1),
+        cu_seqlens=bounds,
+        loss_only=True,
+    ).loss
 
 
 def transformer(config: GSAConfig, longest: int) -> Rival:

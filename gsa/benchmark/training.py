@@ -46,6 +46,8 @@ class BenchTrainingConfig:
     """What weights, gradients and moments are kept in; products are in bf16 either way."""
     eager: bool = False
     """Do not compile blocks; fla's never are, it brings its own fused parts."""
+    packed: bool = False
+    """Lay gsa's rows end to end, with their boundaries, as gsa train does."""
     lean: bool = False
     """Compiled blocks compute again what is elementwise (`gsa train --lean`)."""
     repeats: int = 5
@@ -146,7 +148,8 @@ def bench_training(config: BenchTrainingConfig, recipes: Recipes) -> dict[str, A
     """
     device = torch.device(bench_device(config.device))
     model = config.model(recipes)
-    rivals = [rival(name, model, max(config.lengths)) for name in config.models]
+    longest = max(config.lengths)
+    rivals = [rival(name, model, longest, packed=config.packed) for name in config.models]
     cases = [(every, T) for every in config.recompute for T in config.lengths]
     head = {
         "benchmark": "training",

@@ -88,6 +88,15 @@ def test_a_step_trains_and_the_loss_is_the_models_own(name):
     assert held * 3 <= trainee.bytes() < held * 3.1, "weights and two moments"
 
 
+def test_packed_rows_have_the_same_loss():
+    model = BenchTrainingConfig(**SMALL).model(MODELS)
+    apart, packed = rival("gsa", model, 32), rival("gsa", model, 32, packed=True)
+    built = apart.build().double()
+    tokens = torch.randint(300, (3, 32))
+    expected = apart.loss(built, tokens)
+    torch.testing.assert_close(packed.loss(built, tokens), expected, rtol=1e-12, atol=0)
+
+
 def test_flops_of_the_transformer():
     config = BenchTrainingConfig(**SMALL)
     one = rival("transformer++", config.model(MODELS), 32)
