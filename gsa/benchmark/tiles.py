@@ -6,7 +6,7 @@ from gsa.ops.triton.plan import HEAD_TILES, TILES, walk_tile, warps_of
 from gsa.ops.triton.sizes import chunk_tokens, number_dtype
 from gsa.ops.triton.table import DTYPES, Row, power_of_two
 
-BLOCKS = (16, 32, 64, 128)
+BLOCKS = (16, 32, 64, 128, 256)
 WARPS = (4, 8)
 STAGES = (1, 2, 3, 4)
 MOST_NUMBERS = 2048
