@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gsa.ops import check_cu_seqlens
 from gsa.ops.reference import sequence_of_token
 
 
@@ -44,9 +45,14 @@ class TokenLayout:
 
     @staticmethod
     def of_packed(tokens: int, device: torch.device, cu_seqlens: Tensor) -> "TokenLayout":
-        """Layout of one row in which the sequences delimited by `cu_seqlens` follow each other."""
-        bounds = cu_seqlens.to(device)
+        """Layout of one row in which the sequences delimited by `cu_seqlens` follow each other.
+
+        Boundaries that come from the CPU are checked here and moved once, not in every layer.
+        """
+        if cu_seqlens.device != device and not torch.compiler.is_compiling():
+            check_cu_seqlens(cu_seqlens, tokens)
+        bounds = cu_seqlens.to(device, non_blocking=True)
         documents = sequence_of_token(bounds, tokens)
         start = bounds.long().index_select(0, documents)
         positions = torch.arange(tokens, device=device) - start
-        return TokenLayout(positions[None], cu_seqlens=cu_seqlens, documents=documents)
+        return TokenLayout(positions[None], cu_seqlens=bounds, documents=documents)

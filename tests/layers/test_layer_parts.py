@@ -108,6 +108,16 @@ def test_layout_of_packed_starts_anew_at_each_document():
     assert layout.documents.tolist() == [0, 0, 2, 2, 2, 2, 2, 3, 3]
 
 
+def test_boundaries_are_checked_and_moved_to_the_tokens_once():
+    """"meta" stands for any device that is not the boundaries' own."""
+    device = torch.device("meta")
+    layout = TokenLayout.of_packed(9, device, ROW_DOCUMENTS)
+    assert layout.cu_seqlens is not None and layout.cu_seqlens.device == device
+    for wrong, words in (([0, 5, 3, 9], "never decrease"), ([0, 4, 8], "a last value of T = 9")):
+        with pytest.raises(ValueError, match=words):
+            TokenLayout.of_packed(9, device, torch.tensor(wrong))
+
+
 def test_short_convolution_is_torchs_depthwise_convolution():
     conv, x = ShortConvolution(6, 4).double(), torch.randn(2, 9, 6, dtype=torch.float64)
     expected = F.silu(F.conv1d(F.pad(x.mT, (3, 0)), conv.weight, groups=6)).mT
