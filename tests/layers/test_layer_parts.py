@@ -109,7 +109,7 @@ def test_layout_of_packed_starts_anew_at_each_document():
 
 
 def test_boundaries_are_checked_and_moved_to_the_tokens_once():
-    """"meta" stands for any device that is not the boundaries' own."""
+    """ "meta" stands for any device that is not the boundaries' own."""
     device = torch.device("meta")
     layout = TokenLayout.of_packed(9, device, ROW_DOCUMENTS)
     assert layout.cu_seqlens is not None and layout.cu_seqlens.device == device
