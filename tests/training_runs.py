@@ -19,6 +19,9 @@ from gsa.training.objective import next_token
 
 ROOT = Path(__file__).parent.parent
 
+STOP, END = "checkpoints/step-00000007", "checkpoints/step-00000012"
+"""Where runs of 12 steps are stopped, and where they end."""
+
 DRIVER = """
 import json, sys
 from gsa.training import TrainConfig, train
@@ -131,6 +134,17 @@ def wait_for_step(process, folder, step):
             return
         time.sleep(0.002)
     raise AssertionError(f"ended early: {process.communicate()}")
+
+
+def damage(path, how):
+    """Leaves half of a file, a last byte that differs, or none of it."""
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "changed":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        path.unlink()
 
 
 def stopped_at(call):

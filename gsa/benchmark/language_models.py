@@ -1,7 +1,7 @@
 """Language models of equal size that are trained beside each other, each with its loss."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gsa.model import GSAConfig, GSAForCausalLM
-from gsa.model.cost import count_parameters, flops_per_token, mean_visible
+from gsa.model.cost import flops_per_token, mean_visible
 from gsa.model.loss import IGNORE, next_token_loss_of_hidden
 
 NAMES = ("gsa", "transformer++", "fla")
@@ -27,11 +27,15 @@ class Rival:
     """(model, tokens [B, T]) to the mean cross-entropy of next tokens."""
     flops: Callable[[nn.Module, int], float]
     """(model, T) to its FLOPs per token, forward and backward."""
+    own_parts: bool = False
+    """Brings fused parts of its own, so its blocks are left as they are."""
     note: str = ""
 
 
 def rival(name: str, config: GSAConfig, longest: int, *, packed: bool = False) -> Rival:
-    """The model of that name whose sizes are those of `config`; ValueError if it is not to be had.
+    """The model of that name (one of NAMES) whose sizes are those of `config`.
+
+    ValueError if it is not installed.
 
     Args:
         longest: tokens of the longest sequence.
@@ -46,9 +50,7 @@ def rival(name: str, config: GSAConfig, longest: int, *, packed: bool = False) -
         )
     if name == "transformer++":
         return transformer(config, longest)
-    if name == "fla":
-        return fla(config)
-    raise ValueError(f"models: expected {', '.join(NAMES)}, got {name!r}")
+    return fla(config)
 
 
 def gsa_loss(model: Any, tokens_BT: Tensor) -> Tensor:
@@ -132,12 +134,6 @@ def fla(config: GSAConfig) -> Rival:
         build=lambda: FlaModel(equal),
         loss=lambda model, tokens: model(input_ids=tokens, labels=tokens).loss,
         flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
+        own_parts=True,
         note="flash-linear-attention's GSA model, its own kernels and fused parts, not compiled",
     )
-
-
-def sizes(config: GSAConfig, models: Mapping[str, nn.Module]) -> dict[str, int]:
-    """Trained parameters; a tied head counts once."""
-    found = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    assert found.get("gsa", count_parameters(config).total) == count_parameters(config).total
-    return found

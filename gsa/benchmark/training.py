@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.device import bench_device
 from gsa.benchmark.environment import environment
-from gsa.benchmark.language_models import NAMES, Rival, rival, sizes
+from gsa.benchmark.language_models import NAMES, Rival, rival
 from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
@@ -92,20 +92,16 @@ class Trainee:
         with device:
             self.model: nn.Module = rival.build()
         settings = TrainConfig(
-            name="bench",
-            data="-",
-            out="-",
-            compile=not config.eager and rival.name != "fla",
-            lean=config.lean and rival.name != "fla",
+            name="bench", data="-", out="-", compile=not config.eager, lean=config.lean
         )
         self.model.to(torch.bfloat16 if config.weights == "bf16" else torch.float32).train()
-        if rival.name != "fla":
+        if not rival.own_parts:
             prepare_blocks(self.model, settings)
         self.parameters = list(self.model.parameters())
         self.optimizer: Optimizers = build_optimizer(self.model, settings)
 
     def recompute(self, every: int) -> None:
-        if self.rival.name != "fla":
+        if not self.rival.own_parts:
             recompute_blocks(self.model, every)
         elif every:
             self.model.gradient_checkpointing_enable()  # pyright: ignore[reportCallIssue]
@@ -131,9 +127,7 @@ class Trainee:
         held = [*self.model.parameters(), *self.model.buffers()]
         for parameter in self.parameters:
             if self.optimizer.has_state(parameter):
-                held += [
-                    x for x in self.optimizer.state_of(parameter).values() if x.is_cuda or x.dim()
-                ]
+                held += self.optimizer.state_of(parameter).values()
         return sum(x.numel() * x.element_size() for x in held)
 
 
@@ -159,8 +153,9 @@ def bench_training(config: BenchTrainingConfig, recipes: Recipes) -> dict[str, A
     }
     results = Results(config.out, head, [case_name(*case) for case in cases])
     trainees = {one.name: Trainee(one, config, device) for one in rivals}
-    results.put("parameters", sizes(model, {n: one.model for n, one in trainees.items()}))
-    for name, number in results.document["parameters"].items():
+    sizes = {name: sum(p.numel() for p in one.parameters) for name, one in trainees.items()}
+    results.put("parameters", sizes)
+    for name, number in sizes.items():
         print(f"{name}: {number / 1e6:.1f}M parameters", flush=True)
     limit = config.budget_seconds or float("inf")
     begin = time.monotonic()

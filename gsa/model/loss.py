@@ -67,15 +67,17 @@ def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, targets_N: Tensor) 
     """
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    # Asked here: inside, gradients are off, and a tensor that could have one says so even if not.
+    wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     with torch.autocast(device, enabled=False):
         dtype = dtype or hidden_ND.dtype
-        return _LinearCrossEntropy.apply(hidden_ND.to(dtype), head_WD.to(dtype), targets_N)  # pyright: ignore
+        factors = hidden_ND.to(dtype), head_WD.to(dtype)
+        return _LinearCrossEntropy.apply(*factors, targets_N, wanted)  # pyright: ignore
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, wanted: bool) -> Tensor:
         sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = hidden.new_zeros((), dtype=sums)
         d_hidden = torch.empty_like(hidden) if wanted else None
@@ -93,9 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None]:  # pyright: ignore
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyright: ignore
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * d_total.to(d_hidden.dtype), d_head * d_total.to(d_head.dtype), None
+        return d_hidden * d_total.to(d_hidden.dtype), d_head * d_total.to(d_head.dtype), None, None
 
 
 def _errors(logits_NW: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

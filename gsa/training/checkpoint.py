@@ -204,7 +204,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise RunError(f"{folder}: no such checkpoint folder")
     if folder.name.endswith(INCOMPLETE) or not (folder / MANIFEST).is_file():
         raise RunError(
-            f"{folder}: half written ({MANIFEST} comes last); name a folder step-XXXXXXXX with one"
+            f"{folder}: half written ({MANIFEST} comes last); name a folder step-NNNNNNNN with one"
         )
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]

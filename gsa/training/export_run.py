@@ -33,7 +33,7 @@ _NOT_THE_MODEL = (MANIFEST, STATE, SHARDS, f"{RNG}*.safetensors", "optimizer.saf
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     source: str
-    """Run folder of gsa train (its newest whole checkpoint is taken), or a folder step-XXXXXXXX."""
+    """Run folder of gsa train (its newest whole checkpoint is taken), or a folder step-NNNNNNNN."""
     out: str
     """Folder to make; from_pretrained opens it."""
 
@@ -101,6 +101,6 @@ def _choose(source: Path) -> Checkpoint:
         if found is None:
             raise RunError(
                 f"source: {source} has no whole checkpoint; expected a run folder with one "
-                "(gsa train --checkpoint-interval N), or a folder step-XXXXXXXX"
+                "(gsa train --checkpoint-interval N), or a folder step-NNNNNNNN"
             )
         return found

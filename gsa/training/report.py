@@ -117,7 +117,7 @@ def report_text(
     minutes = state["seconds"] / 60
     rows = [
         ("parameters", f"{parameters:,}"),
-        ("steps", f"{state['step']:,} ({state['skipped']:,} skipped: loss or gradient not finite)"),
+        ("steps", f"{state['step']:,} ({state['skipped']:,} skipped: not finite, or a spike)"),
         (f"{unit}s seen", f"{state['tokens']:,} ({_epochs(train, state['tokens'])})"),
         ("training time", f"{minutes:.1f} minutes, validation apart"),
         ("speed", f"{state['tokens'] / max(state['seconds'], 1e-9):,.0f} {unit}s per second"),

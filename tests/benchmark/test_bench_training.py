@@ -97,6 +97,24 @@ def test_packed_rows_have_the_same_loss():
     torch.testing.assert_close(packed.loss(built, tokens), expected, rtol=1e-12, atol=0)
 
 
+def test_bf16_weights_have_bf16_moments_and_lean_and_packed_reach_the_model(monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "prepare_blocks", lambda model, settings: asked.append(settings))
+    options = {**SMALL, "eager": False, "lean": True, "packed": True, "weights": "bf16"}
+    config = BenchTrainingConfig(**options, repeats=1, models=("gsa",), recompute=(0,))
+    bench_training(config, MODELS)
+    assert [(one.compile, one.lean) for one in asked] == [(True, True)]
+    trainee = Trainee(rival("gsa", config.model(MODELS), 32, packed=True), config, CPU)
+    bounds = []
+    trainee.model.register_forward_pre_hook(
+        lambda _, args, named: bounds.append(named["cu_seqlens"].tolist()), with_kwargs=True
+    )
+    trainee.step(torch.randint(300, (2, 32)))
+    assert bounds == [[0, 32, 64]]
+    numbers = sum(p.numel() for p in trainee.parameters)
+    assert numbers * 6 <= trainee.bytes() < numbers * 6.2, "weights and two moments in bf16"
+
+
 def test_flops_of_the_transformer():
     config = BenchTrainingConfig(**SMALL)
     one = rival("transformer++", config.model(MODELS), 32)

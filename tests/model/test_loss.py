@@ -81,6 +81,27 @@ def test_in_autocast_products_are_bf16_and_gradients_those_of_the_weights():
     assert torch.equal(total, rounded[0])
 
 
+def test_without_gradients_there_is_one_product_a_chunk(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 50 * 10)
+    hidden, head, targets = problem()
+    with torch.no_grad(), Products() as seen:
+        linear_cross_entropy(hidden, head, targets)
+    assert seen.count == 4, "37 tokens in tens"
+    with Products() as seen:
+        linear_cross_entropy(hidden, head, targets)
+    assert seen.count == 3 * 4
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products there were."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.mm
+        return function(*args, **(kwargs or {}))
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor had."""
 

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from training_runs import in_teams, one_thread, stopped_at, succeeded
+from training_runs import STOP, in_teams, one_thread, stopped_at, succeeded
 
 from gsa.data import PrepareConfig, prepare
 from gsa.recipes import tiny
@@ -69,10 +69,6 @@ def make_config(shard_folders, tmp_path):
         return replace(base, **overrides, model=model)
 
     return make
-
-
-STOP = "checkpoints/step-00000007"
-END = "checkpoints/step-00000012"
 
 
 class Runs:

@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_runs import assert_same_run, losses, start
+from training_runs import assert_same_run, damage, losses, start
 
 from gsa.data import PrepareConfig, prepare
 from gsa.training import RunError, train
@@ -34,16 +34,6 @@ def checkpoints(config):
 
 def test_the_newest_are_kept(make_config, three_kept):
     assert checkpoints(three_kept) == ["step-00000005", "step-00000010", "step-00000012"]
-
-
-def damage(path, how):
-    data = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "changed":
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    else:
-        path.unlink()
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "missing"])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import (
+    END,
+    STOP,
     command_of,
     in_teams,
     losses,
@@ -25,10 +27,6 @@ from gsa.training import RunError, train
 from gsa.training.distributed import Team
 from gsa.training.export_run import ExportConfig, export_run
 from gsa.training.setup import check_rows
-
-STOP = "checkpoints/step-00000007"
-END = "checkpoints/step-00000012"
-
 
 UNEVEN = {"model": {"gate": "data_independent"}}  # [2 heads, 8 slots]: fewer rows than processes
 

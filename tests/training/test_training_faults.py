@@ -14,6 +14,7 @@ from training_runs import (
     assert_same_run,
     children,
     command_of,
+    damage,
     kill_all,
     losses,
     one_thread,
@@ -33,16 +34,6 @@ from gsa.training.checkpoint import find_checkpoint, open_checkpoint
 def _one_thread():
     with one_thread():
         yield
-
-
-def damage(path, how):
-    data = path.read_bytes()
-    if how == "truncated":
-        path.write_bytes(data[: len(data) // 2])
-    elif how == "changed":
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    else:
-        path.unlink()
 
 
 def unfinished_copy(runs, name, folder):
