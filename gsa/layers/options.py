@@ -125,6 +125,12 @@ class SlotAttentionOptions:
         return self.key_width if self.num_slots is None else self.num_slots
 
     @property
+    def swish_follows(self) -> bool:
+        """Whether queries, keys and values go from their projections right into swish."""
+        between = self.use_short_conv or self.qk_norm
+        return {self.feature_map, self.value_activation} == {"swish"} and not between
+
+    @property
     def score_scale(self) -> float:
         """The number by which scores are multiplied."""
         return self.key_width**-0.5 if isinstance(self.scale, str) else float(self.scale)

@@ -10,6 +10,7 @@ from gsa.layers.feature_map import FeatureMap
 from gsa.layers.gate import StaticGate, abc_gate, forget_gate
 from gsa.layers.norm import RMSNorm
 from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.projections import project_swished
 from gsa.layers.rope import rotate
 from gsa.layers.short_convolution import ShortConvolution, next_tail
 from gsa.layers.token_layout import TokenLayout
@@ -88,21 +89,30 @@ class GatedSlotAttention(nn.Module):
         if layout is None:
             layout = TokenLayout.of_rows(x_BTD.shape[1], x_BTD.device)
         state = {} if state is None else state
-        q, k, v, step, after = self._project(x_BTD, layout, state)
-        log_forget, write, normalizer = self._gate(x_BTD, layout, state.get("normalizer"))
+        projected = self._project(x_BTD)
+        q, k, v, step, after = self._heads(projected, layout, state)
+        log_forget, write, normalizer = self._gate(projected["f"], layout, state.get("normalizer"))
         step |= {"k": k, "v": v, "log_forget": log_forget}
         if write is not None and normalizer is not None:
             step |= {"write": write, "normalizer": normalizer}
             after["normalizer"] = normalizer[:, -1].clone()
         output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
-        return MixerOutput(self._combine(output, x_BTD), after, step)
+        return MixerOutput(self._combine(output, projected.get("g")), after, step)
 
-    def _project(
-        self, x: Tensor, layout: TokenLayout, state: State
+    def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """All that linear layers make of x: q, k, v, gate logits f, and g of the output gate."""
+        layers = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "f": self.f_proj}
+        layers |= {"g": self.g_proj} if self.options.output_gate else {}
+        if self.options.swish_follows:
+            return project_swished(x_BTD, layers, "qkv")
+        return {name: layer(x_BTD) for name, layer in layers.items()}
+
+    def _heads(
+        self, projected: dict[str, Tensor], layout: TokenLayout, state: State
     ) -> tuple[Tensor, Tensor, Tensor, State, State]:
         """Queries, keys, values by head; and, with short convolutions, their inputs and tails."""
         options, step, after = self.options, {}, {}
-        projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
+        projected = {name: projected[name] for name in "qkv"}
         if options.use_short_conv:
             step = {f"{name}_input": value for name, value in projected.items()}
             if layout.pads is not None:
@@ -117,20 +127,20 @@ class GatedSlotAttention(nn.Module):
         v = projected["v"].unflatten(-1, (options.kv_heads, options.value_width))
         if options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.feature_map(q), self.feature_map(k)
-        if options.value_activation == "swish":
-            v = F.silu(v)
+        if not options.swish_follows:
+            q, k = self.feature_map(q), self.feature_map(k)
+            v = F.silu(v) if options.value_activation == "swish" else v
         if options.rope_theta is not None:
             rotation = (layout.positions, options.rope_theta, options.rope_scaling)
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         return q, k, v, step, after
 
     def _gate(
-        self, x: Tensor, layout: TokenLayout, normalizer: Tensor | None
+        self, logits: Tensor, layout: TokenLayout, normalizer: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(log_forget, write, normalizer); write None means 1 - f."""
         options = self.options
-        logits_BTGM = self.f_proj(x).unflatten(-1, (options.kv_heads, options.slots))
+        logits_BTGM = logits.unflatten(-1, (options.kv_heads, options.slots))
         if options.gate in ("abc", "abc_printed"):
             return abc_gate(logits_BTGM, layout, normalizer, decay=options.gate == "abc")
         return forget_gate(logits_BTGM, options.gate_logit_normalizer, layout.pads), None, None
@@ -172,12 +182,12 @@ class GatedSlotAttention(nn.Module):
             impl=self.impl,
         )
 
-    def _combine(self, output_BTHV: Tensor, x: Tensor) -> Tensor:
+    def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
         output = F.silu(output_BTHV.flatten(2))
         if self.options.output_norm:
             output = self.g_norm(output)
-        if self.options.output_gate:
-            output = output * F.silu(self.g_proj(x))
+        if gate is not None:
+            output = output * F.silu(gate)
         return self.o_proj(output)
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from gsa.layers import RMSNorm, SoftmaxAttention, SwiGLU, TokenLayout
 from gsa.layers.feature_map import FeatureMap
 from gsa.layers.options import SoftmaxAttentionOptions
+from gsa.layers.projections import is_plain, project_together
 from gsa.layers.rope import rope_frequencies, rotate
 from gsa.layers.short_convolution import ShortConvolution
 from gsa.layers.softmax_attention import replay_window
@@ -46,6 +47,58 @@ def test_rms_norm_compiled_is_rms_norm(dtype):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a.double(), b, rtol=2 * eps, atol=2 * eps * b.abs().max().item())
+
+
+PROJECTED = {"f": 3, "q": 5, "k": 2, "v": 300}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_projected_together_are_the_layers(dtype, compiled):
+    """As compiled for training on a GPU; the kernel runs in Triton's interpreter elsewhere."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(8, n, bias=False) for name, n in PROJECTED.items()}
+    ).to(device, dtype)
+    x = torch.randn(2, 7, 8, dtype=dtype, device=device, requires_grad=True)
+    torch.compiler.reset()
+
+    def call(x):
+        return project_together(x, layers, "qkv")
+
+    found = torch.compile(call, backend="aot_eager", fullgraph=True)(x) if compiled else call(x)
+    assert sorted(found) == sorted(PROJECTED)
+    exact = {name: layer.weight.detach().double() for name, layer in layers.items()}
+    x64 = x.detach().double()
+    eps = torch.finfo(dtype).eps
+    d_x = torch.zeros_like(x64)
+    d, d_weights = {}, {}
+    for name, y in found.items():
+        z = x64 @ exact[name].T
+        gate = torch.sigmoid(z)
+        torch.testing.assert_close(
+            y.double(), z if name == "f" else z * gate, rtol=4 * eps, atol=8 * eps
+        )
+        d[name] = torch.randn(7, 2, y.shape[-1], dtype=dtype, device=device).transpose(0, 1)
+        slope = d[name].double() * (1 if name == "f" else gate * (1 + z * (1 - gate)))
+        d_x += slope @ exact[name]
+        d_weights[name] = slope.flatten(0, 1).T @ x64.flatten(0, 1)
+    total = sum((y * d[name]).sum() for name, y in found.items())
+    got = torch.autograd.grad(total, (x, *(layers[n].weight for n in PROJECTED)))
+    expected = (d_x, *(d_weights[name] for name in PROJECTED))
+    for a, b in zip(got, expected, strict=True):
+        size = b.abs().max().item()
+        torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=8 * eps * size)
+
+
+def test_layers_are_projected_together_only_where_they_are_plain():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    watched = torch.nn.Linear(4, 3, bias=False)
+    watched.register_forward_hook(lambda module, args, output: output + 1)
+    assert is_plain(torch.nn.Linear(4, 3, bias=False))
+    assert not any(map(is_plain, (Adapted(4, 3, bias=False), torch.nn.Linear(4, 3), watched)))
 
 
 def test_swiglu_is_its_formula():

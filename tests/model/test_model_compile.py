@@ -6,8 +6,12 @@ import torch
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0}],
-    ids=["paper", "abc and convolution"],
+    [
+        {},
+        {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0},
+        {"gate": "data_independent", "output_gate": True, "attn": {"layers": [0], "num_heads": 2}},
+    ],
+    ids=["paper", "abc and convolution", "hybrid"],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):

@@ -1,4 +1,4 @@
-"""200 steps of a small model on real text, by kernels and by the chunked form: the same curve.
+"""Training on a GPU: kernels against the chunked form, compiled blocks against blocks as they are.
 
 Run with `pytest -m gpu tests/model`.
 """
@@ -10,6 +10,7 @@ import torch
 
 from gsa.layers import GatedSlotAttention
 from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.training.blocks import compile_blocks
 
 pytestmark = pytest.mark.gpu
 TEXT = Path(__file__).parents[2] / "demo" / "text"
@@ -65,3 +66,27 @@ def test_200_steps_give_the_same_curve_within_noise():
     assert gap.mean() <= 2 * noise.mean(), (gap, noise)
     assert gap.max() <= 3 * noise.max(), (gap, noise)
     assert torch.equal(curve("triton", "cuda"), kernels), "and bit for bit the same again"
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("options", [{}, {"output_gate": True, "num_kv_heads": 1}])
+def test_compiled_blocks_have_the_gradients_of_blocks(lean, options):
+    """All in fp32: differences are those of sums in another order."""
+    torch.manual_seed(0)
+    config = GSAConfig(
+        vocab_size=256, hidden_size=256, num_hidden_layers=2, num_heads=2, num_slots=32, **options
+    )
+    model = GSAForCausalLM(config).cuda().train()
+    tokens = batches("cuda")[0, :3]
+    torch.compiler.reset()
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(model, lean=lean)
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    torch._functorch.config.activation_memory_budget = 1.0
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
