@@ -86,8 +86,7 @@ class TrainConfig:
     """Skip a step whose gradient norm exceeds so many times the median of the last 100; inf for
     none. The first 100 steps are never skipped for that."""
     dtype: Dtype = "fp32"
-    """bf16: matrix products of the forward pass run in bf16 (autocast; with several processes all
-    of it that is not kept in fp32 for a reason)."""
+    """bf16: all of the forward pass that is not kept in fp32 for a reason."""
     master_weights: bool = True
     """With bf16, keep weights and the optimizer's moments in fp32, else in bf16: a third of the
     memory, but steps below a weight's rounding are lost."""

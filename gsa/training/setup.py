@@ -6,7 +6,7 @@ import torch
 
 from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
-from gsa.training.blocks import prepare_blocks
+from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team
 
@@ -71,6 +71,8 @@ def build_model(
         model.to(torch.bfloat16)
     if team.mesh is None:
         model.to(device)
+        if config.dtype == "bf16":
+            sum_blocks_in(model, torch.bfloat16)  # as several processes do
     model.train()
     prepare_blocks(model, config)
     team.shard(model, config)  # moves it to the device, too, block by block
