@@ -1,6 +1,7 @@
 """The command line. Options are the fields of each command's config; nothing loads before it runs.
 
 gsa data prepare TEXT... --out SHARDS     text to token shards
+gsa data corpus DEBS... --out FOLDER      packages and books to cleaned English prose
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
@@ -117,10 +118,16 @@ def take_dict(arguments: list[str], name: str) -> tuple[dict[str, Any], list[str
 
 
 def data(arguments: list[str]) -> int:
-    """text to token shards: gsa data prepare TEXT... --out SHARDS"""
+    """text to token shards: gsa data prepare TEXT... --out SHARDS; prose: gsa data corpus"""
+    chosen, rest = _subcommand("data", ("prepare", "corpus"), arguments)
+    if chosen == "corpus":
+        from gsa.data.corpus import CorpusConfig, build_corpus
+
+        config = _config("gsa data corpus", build_corpus, CorpusConfig, rest, ("inputs",))
+        print(build_corpus(config))
+        return 0
     from gsa.data import PrepareConfig, prepare
 
-    _, rest = _subcommand("data", ("prepare",), arguments)
     parser = argparse.ArgumentParser(prog="gsa data prepare", description=_summary(prepare))
     add_fields(parser, PrepareConfig, positional=("inputs",))
     print(prepare(PrepareConfig(**vars(parser.parse_args(rest)))))

@@ -160,7 +160,7 @@ def _put_in_place(partial: Path, out: Path, previous: Path) -> None:
         if replaces:
             previous.rename(out)
         raise
-    _sync(out.parent)
+    sync(out.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -177,7 +177,7 @@ def _write_folder(
         "eos_id": encoder.eos_id,
     }
     with (
-        _progress(config.quiet) as progress,
+        progress_bar(config.quiet) as progress,
         ShardWriter(folder, encoder.vocab_size) as writer,
     ):
         sizes = [source.size for source in sources]
@@ -191,15 +191,16 @@ def _write_folder(
         if path.is_file():
             name = path.relative_to(folder).as_posix()
             index["files"][name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            _sync(path)
+            sync(path)
     with (folder / layout.INDEX).open("w", encoding="utf-8") as file:
         json.dump(index, file, indent=1, ensure_ascii=False)
         file.write("\n")
-    _sync(folder / layout.INDEX)
-    _sync(folder)
+    sync(folder / layout.INDEX)
+    sync(folder)
 
 
-def _progress(quiet: bool) -> Progress:
+def progress_bar(quiet: bool) -> Progress:
+    """On stderr; hidden if asked to be, or without a terminal."""
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
@@ -211,7 +212,8 @@ def _progress(quiet: bool) -> Progress:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
