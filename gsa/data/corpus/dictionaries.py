@@ -58,6 +58,7 @@ def clean_entry(entry: str) -> str:
     for pattern, replacement in _APPARATUS:
         entry = pattern.sub(replacement, entry)
     entry = unicodedata.normalize("NFC", squeeze(entry))
+    entry = re.sub(r"^([^,(]{1,60}?)\s*\([^()]*[`?\"*][^()]*\)\s*(?=,)", r"\1", entry)
     entry = re.sub(r"\s+([,.;:])", r"\1", entry)
     return re.sub(r"([,.;:])\1+", r"\1", entry)
 

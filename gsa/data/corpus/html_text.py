@@ -23,7 +23,7 @@ _FRAME = re.compile(
     r"breadcrumbs?|footer|pagination|headerlink|search\w*|copyright|legalnotice|revhistory|"
     r"skip|banner|contentinfo|langs?|localtoc|indextable|fn-backref|refsynopsisdiv|"
     r"footnote-reference|sig|synopsis|anchor|permalink|versionset|tocset|maincolumn-nav|"
-    r"docattribute|out-of-band|src|srclink|since|portability)(?:$|[\s_-])"
+    r"docattribute|out-of-band|src|srclink|since|classifier|portability)(?:$|[\s_-])"
 )
 # Themes that call the frame of the text itself after its navigation.
 _CONTENT = re.compile(r"\bwy-nav-content|\bwy-grid-for-nav|\bmain\b|\barticle\b|\bbody\b")

@@ -13,6 +13,9 @@ _FIELD = re.compile(r"^\s*:[^:`\n]{1,60}:(?:\s|$)")
 _PROSE_DIRECTIVES = {"note", "warning", "tip", "hint", "important", "caution", "attention"}
 _PROSE_DIRECTIVES |= {"admonition", "danger", "epigraph", "topic"}
 
+_SILENT_DIRECTIVES = {None, "contents", "toctree", "index", "meta", "highlight", "sectnum", "raw"}
+"""Nobody reads these: what stands around them belongs together. None is a comment or target."""
+
 _INLINE = (
     (re.compile(r":[\w:+.-]+:`([^`<]*?)\s*<[^`>]*>`"), r"\1"),  # :ref:`text <target>`
     (re.compile(r":[\w:+.-]+:`[~!]?([^`]*)`"), r"\1"),  # :func:`name`
@@ -46,7 +49,8 @@ def text_blocks(data: bytes) -> list[Block]:
             blocks += text_blocks("\n".join(inner).encode())
             place = end
         elif directive:
-            blocks.append(GAP)
+            if directive["name"] not in _SILENT_DIRECTIVES:
+                blocks.append(GAP)
             place = _below(lines, place, _indent(line))
         else:
             end = place

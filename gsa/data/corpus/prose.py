@@ -94,7 +94,7 @@ def _is_heading(text: str) -> bool:
     if not 1 <= len(words) <= MAX_HEADING_WORDS or len(text) > 120:
         return False
     letters = sum(map(str.isalpha, text)) + text.count(" ")
-    return letters >= 0.7 * len(text) and not re.search(r"[(){}<>=_$\\/]|^--?\w", text)
+    return letters >= 0.7 * len(text) and not re.search(r"[{}<>=$\\/]|^--?\w|,.*,", text)
 
 
 def tidy(blocks: list[Block]) -> list[Block]:

@@ -26,7 +26,9 @@ Advance = Callable[[int], object]
 _AR_MAGIC = b"!<arch>\n"
 _AR_HEADER = 60
 _LEFT_OUT = re.compile(
-    r"(?:^|/)(?:_sources|_modules|_static|_downloads|doc-base|locale|src|licenses?)/|"
+    r"(?:^|/)(?:_sources|_modules|_static|_downloads|doc-base|locale|translations|src|licenses?)/|"
+    r"(?:^|/)(?:cs|da|de|el|es|eu|fi|fr|gl|hr|hu|id|it|ja|ko|lt|nb|nl|nn|no|pl|pt|ro|ru|sk|sl|sv|tr|"
+    r"uk|vi|zh)(?:[_-]\w\w)?/|"
     r"(?:^|/)(?:changelog|changes|copyright|copying|licen[sc]es?|news|todo|authors|contributors|"
     r"credits|thanks|maintainers|readme\.debian|genindex|py-modindex|search|robots|cmakelists|"
     r"requirements|doc-index|fdl|gpl|lgpl|gfdl|acknowledge?ments|bibliography|references|"
