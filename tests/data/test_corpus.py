@@ -162,6 +162,13 @@ def test_prepare_reads_what_was_built(debs, tmp_path, monkeypatch):
     assert text == rows(tmp_path / "corpus", "train")[0]["text"]
 
 
+def test_a_text_full_of_code_is_still_read(tmp_path):
+    body = "".join(f"<p>{text}</p><pre>x = {i}</pre>" for i, text in enumerate(story(1, 20)))
+    (tmp_path / "code.html").write_text(body)
+    build(tmp_path / "code.html", out=tmp_path / "out")
+    assert [row["text"] for row in rows(tmp_path / "out", "train")] == ["\n\n".join(story(1, 20))]
+
+
 def test_folders_and_books_are_sources(tmp_path):
     for number, name in enumerate(("tree/a.html", "tree/deep/b.htm", "novel.txt")):
         path = tmp_path / name

@@ -9,7 +9,7 @@ from gsa.data.corpus.dictionaries import dictionary_documents
 from gsa.data.corpus.html_text import html_blocks, html_language
 from gsa.data.corpus.manual_pages import manual_blocks
 from gsa.data.corpus.plain_text import text_blocks
-from gsa.data.corpus.prose import prose_blocks, why_not
+from gsa.data.corpus.prose import join, prose_blocks, why_not
 from gsa.data.corpus.sources import Advance, File, Source
 
 _ORDER = ("html", "dictionary", "text", "manual")
@@ -49,7 +49,7 @@ def read_source(source: Source, advance: Advance = lambda n: None) -> Cleaned:
         kind = _ORDER.index("dictionary" if file.kind == "index" else file.kind)
         for number, blocks in enumerate(documents):
             kept = prose_blocks(blocks)
-            reason = why_not("\n\n".join(block.text for block in kept))
+            reason = why_not(join([block for block in kept if block.kind != "gap"]))
             if reason:
                 dropped[reason] += 1
             else:

@@ -7,7 +7,7 @@ from gsa.data.corpus.blocks import GAP, Block, decode, squeeze
 
 # Elements whose text is not the document's prose. Those of the second set leave a gap.
 _SKIPPED = {"script", "style", "head", "nav", "footer", "form", "select", "button", "noscript"}
-_SKIPPED |= {"template", "iframe", "object", "textarea", "address", "title", "aside"}
+_SKIPPED |= {"template", "iframe", "object", "textarea", "address", "title", "aside", "del"}
 _CODE = {"pre", "svg", "math", "xmp", "listing", "figure"}
 _VOID = {"br", "hr", "img", "meta", "link", "input", "col", "area", "base", "wbr", "embed", "param"}
 # Their end tags are optional in HTML, so they are borders, never containers.
