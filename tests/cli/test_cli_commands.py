@@ -191,7 +191,7 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
         (["generate", "/no/model", "--prompt", "x"], "/no/model: no such folder"),
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
-        (["data", "cook"], "gsa data: expected 'prepare', got 'cook'"),
+        (["data", "cook"], "gsa data: expected 'prepare' or 'corpus', got 'cook'"),
         (["bench"], "gsa bench: expected 'ops' or 'plot' or 'tune' or 'cost' or 'training', got"),
         (["bench", "plot", "/no/result.json"], "/no/result.json"),
         (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import lzma
 import random
@@ -167,6 +168,27 @@ def test_a_text_full_of_code_is_still_read(tmp_path):
     (tmp_path / "code.html").write_text(body)
     build(tmp_path / "code.html", out=tmp_path / "out")
     assert [row["text"] for row in rows(tmp_path / "out", "train")] == ["\n\n".join(story(1, 20))]
+
+
+def test_a_dictionary_is_read_with_its_index_wherever_they_stand(tmp_path):
+    folder = tmp_path / "dictd"
+    folder.mkdir()
+    entries = [f"word{i}\n   {story(i, 1)[0]}\n" for i in range(3)]
+    (folder / "new.dict.dz").write_bytes(gzip.compress("".join(entries).encode()))
+    ends = [0, len(entries[0]), len(entries[0] + entries[1]), len("".join(entries))]
+    digit = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    lines = [
+        f"word{i}\t{digit[a // 64]}{digit[a % 64]}\t{digit[(b - a) // 64]}{digit[(b - a) % 64]}\n"
+        for i, (a, b) in enumerate(itertools.pairwise(ends))
+    ]
+    (folder / "new.index").write_text("".join(lines))
+    (folder / "alone.dict").write_text("\n".join(entries))
+    (folder / "other.index").write_text("x")
+    build(folder, out=tmp_path / "out")
+    [row] = rows(tmp_path / "out", "train")
+    assert row["text"] == "\n\n".join(f"word{i} {story(i, 1)[0]}" for i in range(3))
+    index = json.loads((tmp_path / "out/corpus.json").read_text())
+    assert index["sources"]["dictd"]["dropped"] == {"no index beside the dictionary": 1}
 
 
 def test_folders_and_books_are_sources(tmp_path):

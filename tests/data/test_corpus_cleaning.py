@@ -207,6 +207,7 @@ def test_dictionaries():
     places += [(f"anchoret{i}", len(head) + i * size, size) for i in range(60)]
     places += [("alias", len(head), size), ("zyme", len(head) + 60 * size, len(short))]
     index = "".join(f"{name}\t{digits(at)}\t{digits(long)}\n" for name, at, long in places)
+    index += "not dictd's: 1 2\nnor\tthis:\tone\n"
     documents = list(dictionary_documents(data, index.encode()))
     texts = [[block.text for block in document] for document in documents]
     assert [len(document) for document in texts] == [49, 11]  # once each, aliases or not
@@ -291,4 +292,6 @@ def test_licences_and_binary_text():
     assert licences(b"Format: x\nLicense: CC-BY-SA-3.0\n Text\n") == {"CC-BY-SA-3.0"}
     dropped: Counter[str] = Counter()
     assert list(_file_documents(File("a.txt", "text", gzip.compress(b"a")), dropped)) == []
-    assert dropped == {"not text": 1}
+    broken = File("a.html", "html", b"<p>text<![unknown[ x ]]>")
+    assert list(_file_documents(broken, dropped)) == []
+    assert dropped == {"not text": 1, "broken HTML": 1}

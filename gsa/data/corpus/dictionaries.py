@@ -35,7 +35,9 @@ def dictionary_documents(data: bytes, index: bytes) -> Iterator[list[Block]]:
     places = set()
     for line in decode(index).splitlines():
         headword, *numbers = line.split("\t")
-        if len(numbers) == 2 and not headword.startswith("00"):
+        if len(numbers) != 2 or not _VALUE.keys() >= set("".join(numbers)):
+            continue  # no line of a dictd index
+        if not headword.startswith("00"):
             places.add((_number(numbers[0]), _number(numbers[1])))
     document: list[Block] = []
     size = 0

@@ -37,10 +37,10 @@ def read_source(source: Source, advance: Advance = lambda n: None) -> Cleaned:
         about["files"] += file.kind != "index"
         about["bytes_before"] += len(file.data) if file.kind != "index" else 0
         if file.kind in ("dictionary", "index"):
-            stem = file.path.rsplit("/", 1)[-1].split(".")[0]
-            other = parts.pop(stem, None)
-            if other is None:
-                parts[stem] = file
+            name = file.path.split(".dict")[0].removesuffix(".index")
+            other = parts.pop(name, None)
+            if other is None or other.kind == file.kind:
+                parts[name] = file
                 continue
             pair = {file.kind: file, other.kind: other}
             documents = list(dictionary_documents(pair["dictionary"].data, pair["index"].data))
@@ -73,7 +73,12 @@ def _file_documents(file: File, dropped: Counter[str]) -> Iterator[list[Block]]:
         if language not in ("", "en", "c"):
             dropped["not English"] += 1
         else:
-            yield html_blocks(file.data)
+            try:
+                blocks = html_blocks(file.data)
+            except AssertionError:  # what the parser raises for a declaration it does not know
+                dropped["broken HTML"] += 1
+            else:
+                yield blocks
     elif file.kind == "manual":
         blocks = manual_blocks(file.data)
         if blocks is None:
