@@ -17,7 +17,7 @@ FLOORS = [
     {"model"},
     {"generation", "data", "training", "conversion", "evaluation", "benchmark"},
     {"experiments", "recipes"},
-    {"cli", "__main__"},
+    {"cli", "cli_options", "__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -26,6 +26,7 @@ DOORS = {
     ("training", "data"),  # a training run reads shards
     ("evaluation", "data"),  # held-out text comes as shards
     ("benchmark", "training"),  # training is timed by the engine's own parts
+    ("cli", "cli_options"),  # options of commands
     ("__main__", "cli"),  # python -m gsa
 }
 

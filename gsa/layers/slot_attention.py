@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsa.layers.feature_map import FeatureMap
-from gsa.layers.gate import StaticGate, abc_gate, forget_gate
+from gsa.layers.gate import NO_TOKENS, StaticGate, abc_gate, forget_gate
 from gsa.layers.norm import RMSNorm
 from gsa.layers.options import SlotAttentionOptions
 from gsa.layers.projections import project_swished
@@ -15,7 +15,7 @@ from gsa.layers.rope import rotate
 from gsa.layers.short_convolution import ShortConvolution, next_tail
 from gsa.layers.token_layout import TokenLayout
 from gsa.ops import gated_slot_attention, gated_slot_step
-from gsa.ops.types import Impl
+from gsa.ops.types import Impl, compute_dtype
 
 State = dict[str, Tensor]
 """What a mixer carries from one call to the next; every tensor has the batch first."""
@@ -97,7 +97,58 @@ class GatedSlotAttention(nn.Module):
             step |= {"write": write, "normalizer": normalizer}
             after["normalizer"] = normalizer[:, -1].clone()
         output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
-        return MixerOutput(self._combine(output, projected.get("g")), after, step)
+        return MixerOutput(self.o_proj(self._combine(output, projected.get("g"))), after, step)
+
+    def empty_state(self, rows: int) -> State:
+        """The state of that many rows before their first token, on the layer's device."""
+        options, like = self.options, self.q_proj.weight
+        dtype, G, M = compute_dtype(like.dtype), options.kv_heads, options.slots
+        state = {
+            "memory": like.new_zeros(
+                rows, G, M, options.key_width + options.value_width, dtype=dtype
+            )
+        }
+        if options.gate in ("abc", "abc_printed"):
+            state["normalizer"] = like.new_full((rows, G, M), NO_TOKENS, dtype=dtype)
+        if options.use_short_conv:
+            for name, layer in (("q", self.q_proj), ("k", self.k_proj), ("v", self.v_proj)):
+                tail = (rows, options.conv_size - 1, layer.out_features)
+                state[f"{name}_tail"] = like.new_zeros(tail)
+        return state
+
+    def step_(self, projected: dict[str, Tensor], layout: TokenLayout, state: State) -> Tensor:
+        """One token of each row, whose state is written into; for inference.
+
+        Args:
+            projected: q, k, v, f and, with an output gate, g: [B, 1, width], as the linear layers
+                made them of the token, before any activation.
+            layout: positions [B, 1]; the state of rows marked as padding stays as it is.
+            state: tensors as from `empty_state`.
+
+        Returns:
+            [B, 1, H·V], which `o_proj` takes.
+        """
+        if self.options.swish_follows:
+            projected = projected | {name: F.silu(projected[name]) for name in "qkv"}
+        q, k, v, _, after = self._heads(projected, layout, state)
+        log_forget, write, normalizer = self._gate(projected["f"], layout, state.get("normalizer"))
+        if normalizer is not None:
+            after["normalizer"] = normalizer[:, 0]
+        output = gated_slot_step(
+            q,
+            k,
+            v,
+            log_forget,
+            state["memory"],
+            write=write,
+            scale=self.options.score_scale,
+            slot_activation=self.options.slot_activation,
+            inplace=True,
+            impl=self.impl,
+        ).output
+        for name, value in after.items():
+            state[name].copy_(value)
+        return self._combine(output, projected.get("g"))
 
     def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """All that linear layers make of x: q, k, v, gate logits f, and g of the output gate."""
@@ -188,7 +239,7 @@ class GatedSlotAttention(nn.Module):
             output = self.g_norm(output)
         if gate is not None:
             output = output * F.silu(gate)
-        return self.o_proj(output)
+        return output
 
 
 def replay_slots(options: SlotAttentionOptions, state: State | None, step: State) -> State:

@@ -37,28 +37,95 @@ class SoftmaxAttention(nn.Module):
         options, T = self.options, x_BTD.shape[1]
         if layout is None:
             layout = TokenLayout.of_rows(T, x_BTD.device)
-        q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        q, k, v = (part.unflatten(-1, (-1, options.width)) for part in (q, k, v))
-        if options.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if options.rope_theta is not None:
-            rotation = (layout.positions, options.rope_theta, options.rope_scaling)
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        projected = {"q": self.q_proj(x_BTD), "k": self.k_proj(x_BTD), "v": self.v_proj(x_BTD)}
+        q, k, v = self._heads(projected, layout)
         step = {"keys": k, "values": v, "positions": layout.positions.expand(x_BTD.shape[0], -1)}
         seen = _append(state, step)
         whole_rows = state is None and layout.pads is None and layout.documents is None
         window = options.window_size
         plain = whole_rows and (window is None or window >= T)
+        mask = None if plain else visible(layout, seen["positions"], window)
+        output = self.o_proj(self._attend(q, seen, mask))
+        return MixerOutput(output, _trim(seen, window), step)
+
+    def _heads(
+        self, projected: dict[str, Tensor], layout: TokenLayout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, normed and rotated."""
+        options = self.options
+        q, k, v = (projected[name].unflatten(-1, (-1, options.width)) for name in "qkv")
+        if options.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if options.rope_theta is not None:
+            rotation = (layout.positions, options.rope_theta, options.rope_scaling)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return q, k, v
+
+    def _attend(self, q: Tensor, seen: State, mask: Tensor | None) -> Tensor:
+        """[B, T, H·K] for queries [B, T, H, K]; causal over T = S tokens without a mask."""
         output_BHTK = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             seen["keys"].transpose(1, 2),
             seen["values"].transpose(1, 2),
-            attn_mask=None if plain else visible(layout, seen["positions"], window),
-            is_causal=plain,
-            enable_gqa=options.num_heads != options.kv_heads,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.options.num_heads != self.options.kv_heads,
         )
-        output = self.o_proj(output_BHTK.transpose(1, 2).flatten(2))
-        return MixerOutput(output, _trim(seen, window), step)
+        return output_BHTK.transpose(1, 2).flatten(2)
+
+    def empty_ring(self, rows: int, capacity: int) -> State:
+        """A state of fixed size, without tokens: that of position p has place p % C.
+
+        Keys and values [rows, C, G, K], positions [rows, C], -1 where there is no token. C is the
+        window, or `capacity` without one.
+        """
+        options, like = self.options, self.k_proj.weight
+        C = capacity if options.window_size is None else options.window_size
+        places = (rows, C, options.kv_heads, options.width)
+        positions = torch.full((rows, C), -1, dtype=torch.int64, device=like.device)
+        return {"keys": like.new_zeros(places), "values": like.new_zeros(places),
+                "positions": positions}  # fmt: skip
+
+    def step_(self, projected: dict[str, Tensor], layout: TokenLayout, ring: State) -> Tensor:
+        """One token of each row, written into its ring; for inference.
+
+        Args:
+            projected: q, k and v [B, 1, width] as the linear layers made them of the token.
+            layout: positions [B, 1], below the capacity; the ring of rows at padding stays as it
+                is, and positions are -1 there.
+            ring: tensors as from `empty_ring`.
+
+        Returns:
+            [B, 1, H·K], which `o_proj` takes.
+        """
+        q, k, v = self._heads(projected, layout)
+        new = {"keys": k, "values": v, "positions": layout.positions}
+        place_B1 = layout.positions.clamp(min=0) % ring["positions"].shape[1]
+        for name, value in new.items():
+            held = ring[name]
+            index = place_B1[(...,) + (None,) * (held.dim() - 2)].expand(-1, 1, *held.shape[2:])
+            if layout.pads is not None:
+                pads = layout.pads[(...,) + (None,) * (held.dim() - 2)]
+                value = torch.where(pads, held.gather(1, index), value)
+            held.scatter_(1, index, value)
+        return self._attend(q, ring, visible(layout, ring["positions"], self.options.window_size))
+
+
+def to_ring(state: State, ring: State) -> None:
+    """Writes the state of one row, as a forward pass returned it, into an empty ring of one row."""
+    real = (state["positions"][0] >= 0).nonzero()[:, 0].to(ring["keys"].device)
+    newest = real[-ring["positions"].shape[1] :]
+    given = {name: value.to(ring["keys"].device) for name, value in state.items()}
+    places = given["positions"][0, newest] % ring["positions"].shape[1]
+    for name, held in ring.items():
+        held[0].index_copy_(0, places, given[name][0, newest])
+
+
+def from_ring(options: SoftmaxAttentionOptions, ring: State) -> State:
+    """The state of a ring of one row as a forward pass returns it: oldest token first."""
+    positions = ring["positions"][0]
+    order = positions.argsort()[int((positions < 0).sum()) :]
+    return _trim({name: held[:, order] for name, held in ring.items()}, options.window_size)
 
 
 def replay_window(options: SoftmaxAttentionOptions, state: State | None, step: State) -> State:
