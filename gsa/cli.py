@@ -8,6 +8,7 @@ gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
 gsa bench ops [options]                   time the operator on this machine
+gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
@@ -144,8 +145,9 @@ def _text_alone() -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """time the operator: gsa bench ops (then plot, tune); models: gsa bench training, cost"""
-    chosen, rest = _subcommand("bench", ("ops", "plot", "tune", "cost", "training"), arguments)
+    """time things: gsa bench ops (then plot, tune); models: gsa bench training, decode, cost"""
+    known = ("ops", "plot", "tune", "cost", "training", "decode")
+    chosen, rest = _subcommand("bench", known, arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
 
@@ -169,6 +171,13 @@ def bench(arguments: list[str]) -> int:
 
         config = _config("gsa bench training", bench_training, BenchTrainingConfig, rest)
         bench_training(config, {name: make().model for name, make in RECIPES.items()})
+        return 0
+    if chosen == "decode":
+        from gsa.benchmark.decode import BenchDecodeConfig, bench_decode
+        from gsa.recipes import RECIPES
+
+        config = _config("gsa bench decode", bench_decode, BenchDecodeConfig, rest)
+        bench_decode(config, {name: make().model for name, make in RECIPES.items()})
         return 0
     from gsa.benchmark.device import bench_device
 

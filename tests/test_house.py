@@ -26,6 +26,7 @@ DOORS = {
     ("training", "data"),  # a training run reads shards
     ("evaluation", "data"),  # held-out text comes as shards
     ("benchmark", "training"),  # training is timed by the engine's own parts
+    ("benchmark", "generation"),  # and decoding by the decoder
     ("cli", "cli_options"),  # options of commands
     ("__main__", "cli"),  # python -m gsa
 }

@@ -234,7 +234,7 @@ class Decoder:
             self.step(needs)
         box = self._boxes.pop(0)
         self._boxes.append(box)
-        box.copy_(self.emitted, non_blocking=True)
+        box.copy_(self.emitted, non_blocking=self._on_cuda)
         arrived = torch.cuda.Event() if self._on_cuda else None
         if arrived is not None:
             arrived.record()
