@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from gsa.generation.config import Dtype, GenerateConfig, PrefillConfig
 from gsa.generation.decoder import Decoder
+from gsa.generation.prefill import read
 from gsa.generation.sampling import Sampling
-from gsa.generation.state import ModelState
+from gsa.generation.state import ModelState, fingerprint
 from gsa.model import GSAForCausalLM
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -100,12 +101,12 @@ def prefill_file(config: PrefillConfig) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{config.text}: expected text in UTF-8 ({error})") from None
     model, tokenizer = load(config.model, config.dtype)
-    decoder = Decoder(model.to(to_device(config.device)))
+    model.to(to_device(config.device))
     tokens = tokenizer(text)["input_ids"]
     if not tokens:
         raise ValueError(f"{config.text}: expected some text, got an empty file")
     begin = time.perf_counter()
-    state = decoder.prefill(tokens)
+    state = read(model, tokens, None, fingerprint(model))
     state.save(config.state)
     seconds = time.perf_counter() - begin
     size = Path(config.state).stat().st_size

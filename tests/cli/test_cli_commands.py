@@ -241,7 +241,9 @@ def test_help_shows_each_field_with_the_recipe_s_value(capsys):
     assert "--model.num_slots 8" in output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "tiny", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "tiny", "-h"], ["chat", "-h"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     program = (
         "import sys\nfrom gsa.cli import main\n"
