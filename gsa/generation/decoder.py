@@ -101,7 +101,7 @@ class Decoder:
         self.live = zeros.bool()
         self.stops = zeros[:, None].expand(rows, MAX_ENDS).clone()
         self.emitted = torch.stack([zeros, zeros])
-        self.lag = 1 if self._on_cuda else 0
+        self.lag = 1 if self._on_cuda else 0  # steps begun before a step's tokens are looked at
         self._texts: list[Text | None] = [None] * rows
         self._flights: deque[Flight] = deque()
         self._boxes = [self._new_box() for _ in range(3)]
@@ -226,18 +226,19 @@ class Decoder:
         for text in texts:
             text.steps += 1
         needs = reduce(or_, (text.sampling.needs for text in texts))
+        box, arrived = self._boxes.pop(0), None
+        self._boxes.append(box)
         if self._on_cuda:
-            if needs not in self._graphs:
-                self._graphs[needs] = self._capture(needs)
-            self._graphs[needs].replay()
+            with torch.cuda.device(self.device):
+                if needs not in self._graphs:
+                    self._graphs[needs] = self._capture(needs)
+                self._graphs[needs].replay()
+                box.copy_(self.emitted, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
         else:
             self.step(needs)
-        box = self._boxes.pop(0)
-        self._boxes.append(box)
-        box.copy_(self.emitted, non_blocking=self._on_cuda)
-        arrived = torch.cuda.Event() if self._on_cuda else None
-        if arrived is not None:
-            arrived.record()
+            box.copy_(self.emitted)
         return Flight(box, arrived, tuple(self._texts))
 
     def _land(self, flight: Flight) -> list[Written]:

@@ -96,7 +96,7 @@ class ModelState:
                 met=met,
                 fingerprint=metadata["model"],
             )
-        except (KeyError, ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole state ({error!r}); damaged?") from error
 
 
