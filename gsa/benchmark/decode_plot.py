@@ -49,7 +49,11 @@ def plot_decode(documents: Sequence[dict[str, Any]], out: Path) -> Path:
                 values = [cells[n][key] * s for n, s in zip(sorted(cells), scale, strict=True)]
                 axes.plot(sorted(cells), values, marker=marker, color=color, label=LABELS[name])
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log" if kind == "batch" else "linear")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        if kind == "batch":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.3)
