@@ -15,9 +15,7 @@ from gsa.training.lock import LOCK
 from gsa.training.report import REPORT, versions
 
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {
-    f.name: f.default_factory()
-    for f in fields(TrainConfig)
-    if f.default_factory is not MISSING
+    f.name: f.default_factory() for f in fields(TrainConfig) if f.default_factory is not MISSING
 }
 
 
