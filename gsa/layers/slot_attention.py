@@ -10,7 +10,7 @@ from gsa.layers.feature_map import FeatureMap
 from gsa.layers.gate import NO_TOKENS, StaticGate, abc_gate, forget_gate
 from gsa.layers.norm import RMSNorm
 from gsa.layers.options import SlotAttentionOptions
-from gsa.layers.projections import project_swished
+from gsa.layers.projections import project, project_normed
 from gsa.layers.rope import rotate
 from gsa.layers.short_convolution import ShortConvolution, next_tail
 from gsa.layers.token_layout import TokenLayout
@@ -155,7 +155,7 @@ class GatedSlotAttention(nn.Module):
         layers = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "f": self.f_proj}
         layers |= {"g": self.g_proj} if self.options.output_gate else {}
         if self.options.swish_follows:
-            return project_swished(x_BTD, layers, "qkv")
+            return project(x_BTD, layers, "qkv")
         return {name: layer(x_BTD) for name, layer in layers.items()}
 
     def _heads(
@@ -234,6 +234,8 @@ class GatedSlotAttention(nn.Module):
         )
 
     def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
+        if self.options.output_norm and gate is None:
+            return project_normed(output_BTHV.flatten(2), self.g_norm, self.o_proj)
         output = F.silu(output_BTHV.flatten(2))
         if self.options.output_norm:
             output = self.g_norm(output)
