@@ -30,7 +30,8 @@ class StepBlock(nn.Module):
     def __init__(self, block: Any):
         super().__init__()
         self.attn_norm, self.attn, self.mlp_norm = block.attn_norm, block.attn, block.mlp_norm
-        self.o_proj, self.down_proj = _plain(block.attn.o_proj), _plain(block.mlp.down_proj)
+        self.down_proj = _plain(block.mlp.down_proj)
+        _plain(block.attn.o_proj)
         layers = {name: getattr(block.attn, f"{name}_proj", None) for name in "qkvfg"}
         layers = {name: layer for name, layer in layers.items() if layer is not None}
         static = isinstance(layers.get("f"), StaticGate)
@@ -48,7 +49,7 @@ class StepBlock(nn.Module):
         projected = dict(zip(self.widths, parts, strict=True))
         if self.static_gate is not None:
             projected["f"] = self.static_gate(h)
-        x_P1D = x_P1D + self.o_proj(self.attn.step_(projected, layout, state))
+        x_P1D = x_P1D + self.attn.step_(projected, layout, state)
         gate, up = F.linear(self.mlp_norm(x_P1D), self.gate_up).chunk(2, -1)
         return x_P1D + self.down_proj(F.silu(gate) * up)
 

@@ -97,7 +97,7 @@ class GatedSlotAttention(nn.Module):
             step |= {"write": write, "normalizer": normalizer}
             after["normalizer"] = normalizer[:, -1].clone()
         output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
-        return MixerOutput(self.o_proj(self._combine(output, projected.get("g"))), after, step)
+        return MixerOutput(self._combine(output, projected.get("g")), after, step)
 
     def empty_state(self, rows: int) -> State:
         """The state of that many rows before their first token, on the layer's device."""
@@ -126,7 +126,7 @@ class GatedSlotAttention(nn.Module):
             state: tensors as from `empty_state`.
 
         Returns:
-            [B, 1, H·V], which `o_proj` takes.
+            The mixed tokens [B, 1, D].
         """
         if self.options.swish_follows:
             projected = projected | {name: F.silu(projected[name]) for name in "qkv"}
@@ -241,7 +241,7 @@ class GatedSlotAttention(nn.Module):
             output = self.g_norm(output)
         if gate is not None:
             output = output * F.silu(gate)
-        return output
+        return self.o_proj(output)
 
 
 def replay_slots(options: SlotAttentionOptions, state: State | None, step: State) -> State:

@@ -96,7 +96,7 @@ class SoftmaxAttention(nn.Module):
             ring: tensors as from `empty_ring`.
 
         Returns:
-            [B, 1, H·K], which `o_proj` takes.
+            The mixed tokens [B, 1, D].
         """
         q, k, v = self._heads(projected, layout)
         new = {"keys": k, "values": v, "positions": layout.positions}
@@ -108,7 +108,8 @@ class SoftmaxAttention(nn.Module):
                 pads = layout.pads[(...,) + (None,) * (held.dim() - 2)]
                 value = torch.where(pads, held.gather(1, index), value)
             held.scatter_(1, index, value)
-        return self._attend(q, ring, visible(layout, ring["positions"], self.options.window_size))
+        mask = visible(layout, ring["positions"], self.options.window_size)
+        return self.o_proj(self._attend(q, ring, mask))
 
 
 def to_ring(state: State, ring: State) -> None:
