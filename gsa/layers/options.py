@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from gsa.layers.feature_map import FEATURE_MAPS, VALUE_ACTIVATIONS
 from gsa.layers.gate import GATES
-from gsa.layers.rope import ROPE_TYPES
+from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
 from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
 
 
@@ -236,10 +236,7 @@ def check_rope(theta: object, scaling: dict | None, width: int) -> None:
         return
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
     check_choice("rope_scaling['rope_type']", kind, ROPE_TYPES)
-    wanted = {"default": set(), "linear": {"factor"}}.get(
-        str(kind),
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    )
+    wanted = SCALING_KEYS[str(kind)]
     if set(scaling) != wanted | {"rope_type"}:
         raise ValueError(
             f"rope_scaling: expected the keys {sorted(wanted | {'rope_type'})} for {kind!r}, got "

@@ -1,0 +1,64 @@
+"""The weights a teacher does not have: each drawn from its own seed, so files do not matter."""
+
+import copy
+import zlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gsa.conversion.config import ConvertConfig
+from gsa.conversion.student import Plan
+from gsa.layers.feature_map import FeatureMap
+from gsa.layers.options import SlotAttentionOptions
+
+GATE = "attn.f_proj.weight"
+
+
+def new_weight(name: str, plan: Plan, options: ConvertConfig, keys: Tensor | None) -> Tensor:
+    """A new weight of the student, fp32.
+
+    As in a model trained from scratch, but for a learned feature map, which starts as the identity,
+    and gates as `options.gate_init` says.
+
+    Args:
+        keys: the layer's key projection [G·K, D], which only pooled gates ask for.
+    """
+    owner, _, parameter = name.rpartition(".")
+    layer = int(name.split(".")[2])
+    mixer = plan.config.mixer_options(layer)
+    assert isinstance(mixer, SlotAttentionOptions)
+    if options.gate_init == "pooled_keys" and name.endswith(GATE):
+        assert keys is not None
+        return pooled_keys(keys, mixer)
+    module = plan.model.get_submodule(owner)
+    if isinstance(plan.model.get_submodule(owner.rpartition(".")[0]), FeatureMap):
+        return torch.eye(mixer.key_width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(f"{options.seed} {name}".encode()))
+        real = _on_cpu(module)
+        plan.model._init_weights(real)
+    return real.get_parameter(parameter).detach().float()
+
+
+def pooled_keys(keys: Tensor, mixer: SlotAttentionOptions) -> Tensor:
+    """Gate weights [G·M, D]: in each head, means over M stretches of its K rows of keys."""
+    keys_GDK = keys.float().unflatten(0, (mixer.kv_heads, mixer.key_width)).transpose(1, 2)
+    return F.adaptive_avg_pool1d(keys_GDK, mixer.slots).transpose(1, 2).flatten(0, 1)
+
+
+def check_gates(plan: Plan, options: ConvertConfig) -> None:
+    """ValueError if pooled gates would make slots that are the same, and stay so."""
+    if options.gate_init != "pooled_keys":
+        return
+    width = plan.config.head_dim
+    if width is not None and options.slots > width:
+        raise ValueError(
+            f"slots: expected at most {width}, the width of a head, with gate_init pooled_keys "
+            f"(more would be equal pairwise), got {options.slots}"
+        )
+
+
+def _on_cpu(module: nn.Module) -> nn.Module:
+    """A copy of a module of the meta device with storage, not yet filled."""
+    return copy.deepcopy(module).to_empty(device="cpu")
