@@ -19,7 +19,7 @@ from torch import Tensor
 import gsa
 from gsa.conversion.check import Agreement, check_kept
 from gsa.conversion.config import ConvertConfig
-from gsa.conversion.initial import GATE, check_gates, new_weight
+from gsa.conversion.initial import GATE, check_new, new_weight
 from gsa.conversion.student import Plan, make_plan, student_config, student_dtype
 from gsa.conversion.teacher import CONFIG, INDEX, ONE_FILE, Teacher, open_teacher
 from gsa.conversion.tokenizer import take_over_tokenizer, tokenizer_files
@@ -72,7 +72,7 @@ def convert(config: ConvertConfig) -> Conversion:
     _check_free(out)
     teacher = open_teacher(config.teacher)
     plan = make_plan(teacher, student_config(teacher, config))
-    check_gates(plan, config)
+    check_new(plan, config)
     tokenizer = tokenizer_files(teacher)
     _check_room(out, teacher)
     checked = _check(teacher, config)

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from gsa.conversion.config import ConvertConfig
 from gsa.conversion.student import Plan
 from gsa.layers.feature_map import FeatureMap
+from gsa.layers.gate import spread_logits
 from gsa.layers.options import SlotAttentionOptions
 
-GATE = "attn.f_proj.weight"
+GATE, GATE_BIAS = "attn.f_proj.weight", "attn.f_proj.bias"
 
 
 def new_weight(name: str, plan: Plan, options: ConvertConfig, keys: Tensor | None) -> Tensor:
@@ -31,6 +32,8 @@ def new_weight(name: str, plan: Plan, options: ConvertConfig, keys: Tensor | Non
     if options.gate_init == "pooled_keys" and name.endswith(GATE):
         assert keys is not None
         return pooled_keys(keys, mixer)
+    if options.gate_init == "spread" and name.endswith(GATE_BIAS):
+        return spread_logits(mixer.kv_heads, mixer.slots).flatten()
     module = plan.model.get_submodule(owner)
     if isinstance(plan.model.get_submodule(owner.rpartition(".")[0]), FeatureMap):
         return torch.eye(mixer.key_width)
@@ -47,12 +50,16 @@ def pooled_keys(keys: Tensor, mixer: SlotAttentionOptions) -> Tensor:
     return F.adaptive_avg_pool1d(keys_GDK, mixer.slots).transpose(1, 2).flatten(0, 1)
 
 
-def check_gates(plan: Plan, options: ConvertConfig) -> None:
-    """ValueError if pooled gates would make slots that are the same, and stay so."""
-    if options.gate_init != "pooled_keys":
-        return
+def check_new(plan: Plan, options: ConvertConfig) -> None:
+    """ValueError for a branch beside no slots, or pooled gates that make slots the same."""
+    layers = plan.config.num_hidden_layers
+    if options.window and len(options.keep_layers) == layers:
+        raise ValueError(
+            f"window: expected 0 with every layer kept (there are no slots to stand beside), got "
+            f"{options.window}"
+        )
     width = plan.config.head_dim
-    if width is not None and options.slots > width:
+    if options.gate_init == "pooled_keys" and width is not None and options.slots > width:
         raise ValueError(
             f"slots: expected at most {width}, the width of a head, with gate_init pooled_keys "
             f"(more would be equal pairwise), got {options.slots}"

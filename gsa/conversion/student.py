@@ -47,11 +47,13 @@ def student_config(teacher: Teacher, options: ConvertConfig) -> GSAConfig:
     return GSAConfig(
         **heads,
         **(rope if options.rope else {}),
+        **_window(options, rope),
         **options.model,
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
         num_hidden_layers=layers,
         num_slots=options.slots,
+        gate_bias=options.gate_init == "spread",
         gate_logit_normalizer=options.tau,
         feature_map=options.feature_map,
         norm_eps=theirs.rms_norm_eps,
@@ -147,6 +149,13 @@ def _rope(theirs: Any) -> dict[str, Any]:
         "rope_theta": float(given["rope_theta"]),
         "rope_scaling": {"rope_type": kind} | scaling if scaling else None,
     }
+
+
+def _window(options: ConvertConfig, rope: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the softmax branch beside the slots."""
+    if not options.window:
+        return {}
+    return {"window_branch": options.window} | {f"window_{key}": rope[key] for key in rope}
 
 
 def _kept(teacher: Teacher, layers: Iterable[int], keys: dict[str, Any]) -> list | None:

@@ -171,7 +171,17 @@ def test_a_tokenizer_that_does_not_fit(save, tmp_path):
         ({"slots": 0}, "slots: expected a whole number >= 1, got 0"),
         ({"tau": 0.0}, "tau: expected a number > 0"),
         ({"feature_map": "elu"}, "feature_map: expected one of swish, relu"),
-        ({"gate_init": "zero"}, "gate_init: expected one of normal, pooled_keys"),
+        ({"gate_init": "zero"}, "gate_init: expected one of normal, spread, pooled_keys"),
+        ({"window": -1}, "window: expected a whole number >= 0"),
+        ({"window": 4, "keep_layers": (0, 1, 2)}, "window: expected 0 with every layer kept"),
+        (
+            {"window": 4, "model": {"use_short_conv": True}},
+            "window_branch: expected None with use_short_conv",
+        ),
+        (
+            {"gate_init": "spread", "model": {"gate": "data_independent"}},
+            "gate_init: expected normal with gate data_independent, got spread",
+        ),
         ({"rope": 1}, "rope: expected true or false"),
         ({"seed": -1}, "seed: expected a whole number >= 0"),
         ({"check_tokens": True}, "check_tokens: expected a whole number >= 0"),

@@ -115,6 +115,33 @@ def test_options_do_what_they_say(save, tmp_path):
     torch.testing.assert_close(attention.f_proj.weight, expected)
 
 
+def test_gates_spread_over_the_slots(save, tmp_path):
+    folder, _ = save("llama")
+    _, student = student_of(folder, tmp_path / "out", slots=4, gate_init="spread", model={})
+    gate = student.model.layers[1].attn.f_proj
+    assert torch.equal(gate.bias, torch.tensor([0.0, 2.0, 4.0, 6.0] * 2))
+    std = student.config.initializer_range
+    assert 0.7 * std < gate.weight.std() < 1.3 * std
+
+
+@pytest.mark.parametrize("kind", ["llama 3", "qwen2", "qwen3"])
+def test_a_window_as_long_as_the_text_is_the_teacher(kind, save, tmp_path):
+    """With its share at 1, the branch beside the slots is the teacher's attention."""
+    folder, model = save(kind)
+    report, student = student_of(folder, tmp_path / "out", window=40, slots=4)
+    new = {name.split(".", 4)[-1] for name in report["new"]}
+    assert new == {"f_proj.weight", "g_norm.weight", "share_proj.weight", "share_proj.bias"}
+    assert student.config.rope_theta is None
+    ids = torch.arange(5 if kind == "qwen2" else 40)[None] + 3
+    with torch.no_grad():
+        wanted, mixed = model(ids).logits, student(ids).logits
+        for block in student.model.layers:
+            assert torch.equal(block.attn.share_proj.bias, torch.zeros(4))
+            block.attn.window_share = 1.0
+        torch.testing.assert_close(student(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert (mixed - wanted).abs().max() > 0.1
+
+
 def test_a_static_gate_spreads_over_its_slots(save, tmp_path):
     folder, _ = save()
     _, student = student_of(folder, tmp_path / "out", model={"gate": "data_independent"}, slots=3)
