@@ -4,6 +4,7 @@ gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
+gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transformer
 gsa generate MODEL --prompt TEXT          continue a text
 gsa bench ops [options]                   time the operator on this machine
 gsa bench plot RESULT...                  draw what a GPU's run measured
@@ -180,6 +181,23 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+def convert(arguments: list[str]) -> int:
+    """a GSA model out of a pretrained Transformer: gsa convert TEACHER --out FOLDER"""
+    from gsa.conversion import ConvertConfig
+    from gsa.conversion import convert as run
+
+    model, rest = take_dict(arguments, "model")
+    parser = argparse.ArgumentParser(
+        prog="gsa convert",
+        description=f"{_summary(run)} Keys of GSAConfig for slot layers: --model.KEY VALUE, such "
+        "as --model.scale rsqrt_key.",
+        allow_abbrev=False,
+    )
+    add_fields(parser, ConvertConfig, positional=("teacher",))
+    print(run(ConvertConfig(**vars(parser.parse_args(rest)), model=model)))
+    return 0
+
+
 def generate(arguments: list[str]) -> int:
     """continue a text: gsa generate MODEL --prompt TEXT"""
     from gsa.generation.config import GenerateConfig
@@ -296,6 +314,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "report": report,
     "export": export,
+    "convert": convert,
     "generate": generate,
     "bench": bench,
     "info": info,

@@ -5,7 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-ROPE_TYPES = ("default", "linear", "llama3")
+SCALING_KEYS = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+}
+"""The numbers that each kind of rotation is scaled by."""
+
+ROPE_TYPES = tuple(SCALING_KEYS)
 
 
 def rope_frequencies(width: int, theta: float, scaling: dict | None, device) -> Tensor:
@@ -16,14 +25,14 @@ def rope_frequencies(width: int, theta: float, scaling: dict | None, device) -> 
     against original_max_position_embeddings / {low,high}_freq_factor).
     """
     exponent = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    frequency = theta**-exponent
+    frequency = 1 / theta**exponent  # rounded as transformers does it, bit for bit
     kind = "default" if scaling is None else scaling["rope_type"]
     if kind == "default":
         return frequency
     assert scaling is not None
     if kind == "linear":
         return frequency / scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequency)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / scaling["factor"]

@@ -46,6 +46,8 @@ CHANGES_THE_WEIGHTS = {
     "conv_size": (3, {"use_short_conv": True}),
     "output_norm": (False, {}),
     "output_gate": (True, {}),
+    "gate_bias": (True, {}),
+    "window_branch": (3, {}),
     "elementwise_affine": (False, {}),
     "hidden_ratio": (60, {"intermediate_size": None}),
     "intermediate_size": (32, {}),
@@ -62,6 +64,14 @@ CHANGES_THE_OUTPUT = {
     "rope_scaling": [
         ({"rope_type": "linear", "factor": 4.0}, {"rope_theta": 100.0}),
         (LLAMA3, {"rope_theta": 100.0}),
+    ],
+    "window_branch": [(3, {"window_branch": 5})],
+    "window_rope_theta": [(100.0, {"window_branch": 5})],
+    "window_rope_scaling": [
+        (
+            {"rope_type": "linear", "factor": 4.0},
+            {"window_branch": 5, "window_rope_theta": 100.0},
+        ),
     ],
     "output_norm_eps": [(0.1, {})],
     "norm_eps": [(0.1, {"output_norm_eps": 1e-5})],
@@ -176,6 +186,14 @@ def test_mlp_width_follows_the_published_rule():
         ({"rope_theta": 1e4, "head_dim": 5}, "rope_theta: expected an even head width"),
         ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}}, "default, linear, llama3"),
         ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear"}}, r"keys \['factor'"),
+        ({"window_branch": 0}, "window_branch: expected a whole number >= 1"),
+        ({"window_branch": 4, "use_short_conv": True}, "window_branch: expected None with use_sho"),
+        ({"window_rope_theta": 10.0}, "window_rope_theta: expected None without window_branch"),
+        (
+            {"window_branch": 4, "window_rope_scaling": {"rope_type": "default"}},
+            "window_rope_scaling: expected None without window_rope_theta",
+        ),
+        ({"gate_bias": True, "gate": "data_independent"}, "gate_bias: expected False with gate"),
         ({"sliding_window": 4}, "sliding_window: expected None without softmax layers"),
         ({"attn": {"layers": [2], "num_heads": 4}}, r"attn\['layers'\]: expected numbers below 2"),
         ({"attn": {"num_heads": 4}}, "attn: expected None, a dict with at least 'layers'"),
