@@ -128,13 +128,22 @@ def test_a_tied_head_that_is_another(save, tmp_path):
         ({"hidden_act": "gelu"}, ("hidden_act: expected silu, got 'gelu'",)),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            ("rope_parameters['rope_type']: expected one of default, linear, llama3", "dynamic"),
+            (
+                "rope_parameters['rope_type']: expected one of default, linear, llama3, yarn",
+                "dynamic",
+            ),
         ),
     ],
 )
 def test_what_a_gsa_model_has_no_place_for(save, tmp_path, change, parts):
     save(LlamaConfig(**SIZES | change), shard="1GB")
     refused(tmp_path, ValueError, "teacher: ", *parts)
+
+
+def test_a_yarn_that_is_not_understood(save, tmp_path):
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0, truncate=False)
+    save(LlamaConfig(**SIZES, rope_parameters=yarn))
+    refused(tmp_path, ValueError, "expected a factor, and truncate true, with rope_type yarn, got")
 
 
 def test_layers_of_another_kind(save, tmp_path):
