@@ -1,7 +1,7 @@
 """The proof that a teacher was understood: with every layer kept, the logits are the teacher's.
 
-Teacher and student run side by side, layer by layer, so that no more than a layer of each is in
-memory. Both are compared with the teacher in fp64; in fp32 the student may be off by twice what the
+Teacher and student run side by side, layer by layer, so that no more than one layer is in memory.
+Both are compared with the teacher in fp64; in fp32 the student may be off by twice what the
 teacher itself is, and by the rounding of one number.
 """
 
@@ -81,43 +81,49 @@ def check_kept(teacher: Teacher, config: GSAConfig, tokens: int, seed: int) -> A
 
 
 class _TeacherLayers:
-    """Single layers of the teacher, run by transformers' own code."""
+    """Single layers of the teacher, run by transformers' own code; weights are there meanwhile."""
 
     def __init__(self, teacher: Teacher):
         self.teacher = teacher
-        self.models: dict[tuple[str | None, torch.dtype], Any] = {}
+        self.models: dict[str | None, Any] = {}
 
     def run(self, layer: int, weights: dict[str, Tensor], x_BTD: Tensor) -> Tensor:
         """What a layer makes of x, in x's dtype."""
-        model = self._model(layer, x_BTD.dtype)
-        model.layers[0].load_state_dict(weights)
+        model = self._model(layer)
+        wide = {name: weight.to(x_BTD.dtype) for name, weight in weights.items()}
+        model.layers[0].load_state_dict(wide, assign=True)
         norm, model.norm = model.norm, nn.Identity()
         try:
             return model(inputs_embeds=x_BTD, use_cache=False).last_hidden_state
         finally:
             model.norm = norm
+            model.layers[0].to("meta")
 
     def norm(self, weight: Tensor, x_BTD: Tensor) -> Tensor:
         """What the last norm makes of x."""
-        norm = self._model(0, x_BTD.dtype).norm
-        norm.load_state_dict({"weight": weight})
+        norm = self._model(0).norm
+        norm.load_state_dict({"weight": weight.to(x_BTD.dtype)}, assign=True)
         return norm(x_BTD)
 
-    def _model(self, layer: int, dtype: torch.dtype) -> Any:
-        """A model of one layer of that kind; made once, as only its weights differ."""
+    def _model(self, layer: int) -> Any:
+        """A model of one layer of that kind, its weights to come."""
         kinds = getattr(self.teacher.config, "layer_types", None)
-        key = (kinds[layer] if kinds else None, dtype)
-        if key not in self.models:
+        kind = kinds[layer] if kinds else None
+        if kind not in self.models:
             from transformers import AutoModel
 
             config = copy.deepcopy(self.teacher.config)
             config.num_hidden_layers = config.vocab_size = 1
             config.pad_token_id = None
             if kinds:
-                config.layer_types = [kinds[layer]]
-            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            self.models[key] = model.eval()
-        return self.models[key]
+                config.layer_types = [kind]
+            with torch.device("meta"):
+                model = AutoModel.from_config(
+                    config, dtype=torch.float32, attn_implementation="sdpa"
+                )
+            model.rotary_emb = type(model.rotary_emb)(config=config)  # its buffers are computed
+            self.models[kind] = model.eval()
+        return self.models[kind]
 
 
 def block_weights(teacher: Teacher, layer: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The student that follows from a teacher: its configuration, and where each weight comes from."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def student_config(teacher: Teacher, options: ConvertConfig) -> GSAConfig:
             f"keep_layers: expected numbers from 0 to {layers - 1} (the teacher has {layers} "
             f"layers), got {', '.join(map(str, absent))}"
         )
-    heads, rope = _heads(teacher), _rope(theirs)
+    heads, rope = _heads(teacher), rope_keys(theirs)
     return GSAConfig(
         **heads,
         **(rope if options.rope else {}),
@@ -135,7 +136,7 @@ def _heads(teacher: Teacher) -> dict[str, Any]:
     }
 
 
-def _rope(theirs: Any) -> dict[str, Any]:
+def rope_keys(theirs: Any) -> dict[str, Any]:
     """The teacher's rotation as keys of slot layers and kept layers."""
     given = dict(theirs.rope_parameters)
     kind = given.get("rope_type", "default")
@@ -144,10 +145,33 @@ def _rope(theirs: Any) -> dict[str, Any]:
     if part != 1.0:
         raise ValueError(f"teacher: partial_rotary_factor: expected 1 (whole heads), got {part}")
     given.setdefault("original_max_position_embeddings", theirs.max_position_embeddings)
+    if kind == "yarn":
+        given |= _yarn(given)
     scaling = {name: given[name] for name in sorted(SCALING_KEYS[kind])}
     return {
         "rope_theta": float(given["rope_theta"]),
         "rope_scaling": {"rope_type": kind} | scaling if scaling else None,
+    }
+
+
+def _yarn(given: dict[str, Any]) -> dict[str, float]:
+    """What a yarn rotation takes where its config says nothing, as transformers has it."""
+    if given.get("truncate", True) is not True or given.get("factor") is None:
+        raise ValueError(
+            "teacher: rope_parameters: expected a factor, and truncate true, with rope_type yarn, "
+            f"got {given}"
+        )
+    factor = given["factor"]
+
+    def stretch(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    one, all_pairs = given.get("mscale"), given.get("mscale_all_dim")
+    attention = stretch(one) / stretch(all_pairs) if one and all_pairs else stretch(1)
+    return {
+        "beta_fast": given.get("beta_fast") or 32,
+        "beta_slow": given.get("beta_slow") or 1,
+        "attention_factor": given.get("attention_factor") or attention,
     }
 
 

@@ -48,7 +48,7 @@ class SlotAttentionOptions:
     rope_theta: float | None = None
     """Rotates queries and keys by position after the feature map; None leaves positions out."""
     rope_scaling: dict | None = None
-    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    """Scaling of the rotation: rope_type default | linear | llama3 | yarn and its numbers."""
     use_short_conv: bool = False
     """A causal depthwise convolution after each of the q, k and v projections."""
     conv_size: int = 4
@@ -179,7 +179,7 @@ class SoftmaxAttentionOptions:
     rope_theta: float | None = 10000.0
     """Base of the rotary embedding; None leaves positions out."""
     rope_scaling: dict | None = None
-    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    """Scaling of the rotation: rope_type default | linear | llama3 | yarn and its numbers."""
     qkv_bias: bool = False
     """Biases on the q, k and v projections."""
     qk_norm: bool = False

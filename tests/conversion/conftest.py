@@ -28,6 +28,8 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=8.0, low_freq_factor=1.
 LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=1e3, factor=4.0)
 
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
+
 TEACHERS = {
     "llama": lambda: LlamaConfig(**SIZES),
     "llama 3": lambda: LlamaConfig(**SIZES, rope_parameters=LLAMA3, rms_norm_eps=1e-5),
@@ -41,6 +43,7 @@ TEACHERS = {
     "qwen2": lambda: Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
+    "qwen2 with yarn": lambda: Qwen2Config(**SIZES | dict(hidden_size=64), rope_parameters=YARN),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=12, tie_word_embeddings=True),
 }
 

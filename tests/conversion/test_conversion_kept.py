@@ -1,15 +1,16 @@
 """With every layer kept a student says what its teacher says, as exactly as the teacher itself."""
 
 import copy
+import json
 
 import pytest
 import torch
-from conversion.conftest import LLAMA3, SIZES, TEACHERS
-from transformers import LlamaConfig
+from conversion.conftest import LINEAR, LLAMA3, SIZES, TEACHERS, YARN
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.conversion import ConvertConfig, check, convert
 from gsa.conversion.check import compare_kept
-from gsa.conversion.student import student_config
+from gsa.conversion.student import rope_keys, student_config
 from gsa.conversion.teacher import open_teacher
 from gsa.layers.rope import rope_frequencies
 from gsa.model import GSAForCausalLM
@@ -74,6 +75,32 @@ MISREAD = {
 LOST = {"a bias": ("qwen2", "k_proj.bias", 0.0), "a norm": ("qwen3", "k_norm.weight", 1.0)}
 
 
+OLD_ROTATIONS = {
+    "theta alone": dict(rope_theta=5e3),
+    "linear": dict(rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0}),
+    "llama3": dict(
+        rope_theta=5e3, rope_scaling={k: v for k, v in LLAMA3.items() if "theta" not in k}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OLD_ROTATIONS)
+def test_configs_as_they_were_before_transformers_5(kind, save, tmp_path):
+    """rope_theta and rope_scaling beside each other, as in most folders of the hub."""
+    folder, _ = save("llama", shard="1GB")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | OLD_ROTATIONS[kind] | {"torch_dtype": "float32"}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    convert(ConvertConfig(teacher=str(folder), out=str(tmp_path / "out"), keep_layers=(0, 1, 2)))
+    student = GSAForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(2, 42)[None]
+    exact = logits(copy.deepcopy(model).double(), ids)
+    assert_as_exact(logits(student, ids), logits(model, ids), exact)
+    assert student.config.attn[0]["rope_theta"] == OLD_ROTATIONS[kind]["rope_theta"]
+
+
 @pytest.mark.parametrize("part", [*MISREAD, *LOST, "eps", "the order of layers"])
 def test_the_check_sees_what_was_misread(part, save, monkeypatch):
     kind = (MISREAD | LOST).get(part, ("llama",))[0]
@@ -101,14 +128,20 @@ def test_the_check_sees_what_was_misread(part, save, monkeypatch):
     assert not compare_kept(teacher, config, 40, 0).holds
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA3, dict(rope_type="linear", factor=4.0)])
+MSCALE = dict(mscale=0.7, mscale_all_dim=1.2, beta_fast=20, beta_slow=2)
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA3, LINEAR, YARN, YARN | MSCALE])
 def test_rotations_are_transformers_bit_for_bit(scaling):
     theta = 5e5
     given = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
     config = LlamaConfig(**SIZES | dict(hidden_size=256), rope_parameters=given)
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theirs = LlamaRotaryEmbedding(config).inv_freq
-    keys = {key: value for key, value in given.items() if key != "rope_theta"}
-    ours = rope_frequencies(64, theta, None if scaling is None else keys, "cpu")
-    assert torch.equal(ours, theirs)
+    theirs = LlamaRotaryEmbedding(config)
+    ours = rope_keys(config)
+    assert ours["rope_theta"] == theta
+    frequencies = rope_frequencies(64, theta, ours["rope_scaling"], "cpu")
+    assert torch.equal(frequencies, theirs.inv_freq)
+    factor = (ours["rope_scaling"] or {}).get("attention_factor", 1.0)
+    assert factor == theirs.attention_scaling

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversion.conftest import SIZES, build_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.cli import main
 from gsa.conversion import ConvertConfig, convert
@@ -128,13 +128,22 @@ def test_a_tied_head_that_is_another(save, tmp_path):
         ({"hidden_act": "gelu"}, ("hidden_act: expected silu, got 'gelu'",)),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            ("rope_parameters['rope_type']: expected one of default, linear, llama3", "dynamic"),
+            (
+                "rope_parameters['rope_type']: expected one of default, linear, llama3, yarn",
+                "dynamic",
+            ),
         ),
     ],
 )
 def test_what_a_gsa_model_has_no_place_for(save, tmp_path, change, parts):
     save(LlamaConfig(**SIZES | change), shard="1GB")
     refused(tmp_path, ValueError, "teacher: ", *parts)
+
+
+def test_a_yarn_that_is_not_understood(save, tmp_path):
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=2.0, truncate=False)
+    save(LlamaConfig(**SIZES, rope_parameters=yarn))
+    refused(tmp_path, ValueError, "expected a factor, and truncate true, with rope_type yarn, got")
 
 
 def test_layers_of_another_kind(save, tmp_path):
@@ -240,3 +249,27 @@ def test_a_disk_without_room_is_seen_at_once(save, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused(tmp_path, RunError, "out: expected 0.0 GB free under ")
+
+
+@pytest.mark.slow
+def test_no_more_than_about_a_file_is_in_memory(tmp_path):
+    """A teacher of 280 MB in files of up to 34 MB, in a process of its own."""
+    sizes = SIZES | dict(hidden_size=1024, intermediate_size=2048, num_attention_heads=8)
+    config = LlamaConfig(**sizes | dict(num_hidden_layers=8))
+    teacher = AutoModelForCausalLM.from_config(config)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="34MB")
+    files = [path.stat().st_size for path in (tmp_path / "teacher").glob("*.safetensors")]
+    assert sum(files) > 250e6 and max(files) < 35e6
+    program = (
+        "from gsa.conversion import ConvertConfig, convert;"
+        "from transformers import LlamaModel;"
+        "status = lambda: dict(line.split(':') for line in open('/proc/self/status'));"
+        "peak = lambda: int(status()['VmHWM'].split()[0]) * 1024;"
+        "config = ConvertConfig(teacher='teacher', out='out', check_tokens=0);"
+        "before = peak(); convert(config); print(peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    # A file and the new weights beside it; modules that are loaded meanwhile are counted too.
+    assert max(files) / 2 < int(done.stdout) < sum(files) / 3

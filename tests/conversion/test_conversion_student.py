@@ -8,12 +8,15 @@ import torch
 from conversion.conftest import SIZES, TEACHERS, build_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
 from gsa.cli import main
 from gsa.conversion import ConvertConfig, convert
 from gsa.conversion.families import FAMILIES
+from gsa.conversion.student import student_config
+from gsa.conversion.teacher import Teacher
 from gsa.model import GSAForCausalLM
+from gsa.model.cost import count_parameters, state_bytes
 
 
 def student_of(folder, out, **options):
@@ -235,6 +238,25 @@ def test_a_tokenizer_known_by_its_model_only_is_written_anew(save, tmp_path):
     text = "the slot forgets what it read"
     assert len(theirs(text).input_ids) > 3
     assert ours(text).input_ids == theirs(text).input_ids
+
+
+def test_the_students_of_mistral_7b_and_llama_3_8b(tmp_path):
+    """Of the real configs, without weights: the paper's student has 7.31B parameters."""
+    mistral = dict(rms_norm_eps=1e-5, rope_parameters=dict(rope_type="default", rope_theta=1e4))
+    llama = dict(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+    llama |= dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))
+    for theirs, size in ((MistralConfig(**mistral), 7.309e9), (LlamaConfig(**llama), 8.097e9)):
+        teacher = Teacher(tmp_path, theirs, FAMILIES[theirs.model_type], {}, ())
+        options = ConvertConfig(teacher="there", out="here")
+        config = student_config(teacher, options)
+        assert count_parameters(config).total == pytest.approx(size, rel=1e-4)
+        with torch.device("meta"):
+            own = sum(p.numel() for p in GSAForCausalLM(config).parameters())
+            its = sum(p.numel() for p in AutoModelForCausalLM.from_config(theirs).parameters())
+        gates, norms = 32 * 8 * 64 * 4096, 32 * 4096
+        assert own == count_parameters(config).total == its + gates + norms
+        # A sequence's state does not grow: 8 heads, 64 slots, 2 · 128 fp32 numbers, 32 layers.
+        assert state_bytes(config, 10**6) == 32 * 8 * 64 * 256 * 4
 
 
 def test_a_slot_layer_is_the_papers_formula_on_the_teachers_weights(save, tmp_path):

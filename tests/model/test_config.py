@@ -184,7 +184,7 @@ def test_mlp_width_follows_the_published_rule():
             "rope_scaling: expected None without rope_theta",
         ),
         ({"rope_theta": 1e4, "head_dim": 5}, "rope_theta: expected an even head width"),
-        ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn"}}, "default, linear, llama3"),
+        ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "longrope"}}, "linear, llama3, yarn"),
         ({"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear"}}, r"keys \['factor'"),
         ({"window_branch": 0}, "window_branch: expected a whole number >= 1"),
         ({"window_branch": 4, "use_short_conv": True}, "window_branch: expected None with use_sho"),
