@@ -102,6 +102,8 @@ def _pretraining(
         beta2=0.95,
         clip=1.0,
         dtype="bf16",
+        compile=True,
+        lean=True,
         checkpoint_interval=500,
         device="cuda",
     )

@@ -18,7 +18,7 @@ from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
 from gsa.model.cost import mfu, peak_flops
-from gsa.training.blocks import prepare_blocks, recompute_blocks
+from gsa.training.blocks import prepare_blocks, recompute_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.optimizer import Optimizers, build_optimizer
 
@@ -95,6 +95,8 @@ class Trainee:
             name="bench", data="-", out="-", compile=not config.eager, lean=config.lean
         )
         self.model.to(torch.bfloat16 if config.weights == "bf16" else torch.float32).train()
+        if config.weights == "fp32":
+            sum_blocks_in(self.model, torch.bfloat16)
         if not rival.own_parts:
             prepare_blocks(self.model, settings)
         self.parameters = list(self.model.parameters())
@@ -202,6 +204,7 @@ def measure_case(
         synchronize(device)
         return (time.perf_counter() - begin) / steps
 
+    torch.compiler.reset()  # each length is compiled for itself, as a run of that length is
     for name, trainee in trainees.items():
         trainee.recompute(every)
         try:

@@ -85,4 +85,5 @@ def name_of(tokens: int) -> str:
 def title(document: dict[str, Any]) -> str:
     facts, asked = document["environment"], document["config"]
     each = f"{asked['tokens']} tokens a step, weights and moments in {asked['weights']}"
-    return f"Training {asked['size']} on {facts['device']}: {each}\ntorch {facts['torch']}"
+    how = ", elementwise steps computed again" if asked.get("lean") else ""
+    return f"Training {asked['size']} on {facts['device']}: {each}\ntorch {facts['torch']}{how}"

@@ -10,7 +10,7 @@ from gsa.layers.in_sight import NAMES, append, attend, trim
 from gsa.layers.mixer import MixerOutput, State
 from gsa.layers.norm import RMSNorm
 from gsa.layers.options import SlotAttentionOptions
-from gsa.layers.projections import project_swished
+from gsa.layers.projections import project, project_normed
 from gsa.layers.rope import rotate
 from gsa.layers.short_convolution import ShortConvolution, next_tail
 from gsa.layers.token_layout import TokenLayout
@@ -96,17 +96,17 @@ class GatedSlotAttention(nn.Module):
             step |= {"write": write, "normalizer": normalizer}
             after["normalizer"] = normalizer[:, -1].clone()
         output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
-        output = self._finish(output, projected.get("g"))
-        if window is not None:
-            output = self._mix(x_BTD, output, window)
-        return MixerOutput(self.o_proj(output), after, step)
+        if window is None:
+            return MixerOutput(self._combine(output, projected.get("g")), after, step)
+        mixed = self._mix(x_BTD, self._finish(output, projected.get("g")), window)
+        return MixerOutput(self.o_proj(mixed), after, step)
 
     def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """All that linear layers make of x: q, k, v, gate logits f, and g of the output gate."""
         layers = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "f": self.f_proj}
         layers |= {"g": self.g_proj} if self.options.output_gate else {}
         if self.options.swish_follows:
-            return project_swished(x_BTD, layers, "qkv")
+            return project(x_BTD, layers, "qkv")
         return {name: layer(x_BTD) for name, layer in layers.items()}
 
     def _heads(
@@ -208,6 +208,12 @@ class GatedSlotAttention(nn.Module):
             cu_seqlens=layout.cu_seqlens,
             impl=self.impl,
         )
+
+    def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
+        """The layer's output, of slots alone."""
+        if self.options.output_norm and gate is None:
+            return project_normed(output_BTHV.flatten(2), self.g_norm, self.o_proj)
+        return self.o_proj(self._finish(output_BTHV, gate))
 
     def _finish(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
         """What of the slots' output enters the output projection."""

@@ -24,6 +24,15 @@ def prepare_blocks(model: Any, config: TrainConfig) -> None:
         compile_blocks(model, lean=config.lean)
 
 
+def sum_blocks_in(model: Any, dtype: torch.dtype) -> None:
+    """Gives the sum of embedding and blocks' outputs that dtype, whatever weights are in.
+
+    Autocast leaves it in that of the embedding's weight: fp32, twice the memory and traffic.
+    """
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, tokens, output: output.to(dtype))
+
+
 def compile_blocks(model: Any, *, lean: bool) -> None:
     """Compiles each block, when it is first called; lean as in `TrainConfig`."""
     torch._functorch.config.activation_memory_budget = LEAN if lean else 1.0

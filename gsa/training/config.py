@@ -54,6 +54,11 @@ class TrainConfig:
     """Shard folder of held-out text; empty for none."""
     model: dict[str, Any] = field(default_factory=dict)
     """Keys of GSAConfig; vocab_size and eos_token_id come from the shards unless given."""
+    start: str = ""
+    """Model folder to take weights and config from; empty for random weights and `model`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Factors on lr by a part of parameters' names; the longest that fits counts, 1 if none does. A
+    factor of 0 leaves parameters as they are."""
     seq_len: int = 1024
     """Tokens per row; the memory starts empty at each row and each document."""
     rows: int = 8
@@ -86,8 +91,7 @@ class TrainConfig:
     """Skip a step whose gradient norm exceeds so many times the median of the last 100; inf for
     none. The first 100 steps are never skipped for that."""
     dtype: Dtype = "fp32"
-    """bf16: matrix products of the forward pass run in bf16 (autocast; with several processes all
-    of it that is not kept in fp32 for a reason)."""
+    """bf16: all of the forward pass that is not kept in fp32 for a reason."""
     master_weights: bool = True
     """With bf16, keep weights and the optimizer's moments in fp32, else in bf16: a third of the
     memory, but steps below a weight's rounding are lost."""
@@ -121,11 +125,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("name", "data", "out", "device"):
             _require(name, getattr(self, name), "a non-empty string", _is_text)
-        for name in ("validation", "prompt"):
+        for name in ("validation", "prompt", "start"):
             _require(name, getattr(self, name), "a string", lambda value: isinstance(value, str))
         is_model = isinstance(self.model, dict) and all(isinstance(key, str) for key in self.model)
         if not is_model:
             raise ValueError(f"model: expected a dict of GSAConfig keys, got {self.model!r}")
+        for part, factor in self.rates.items():
+            _require(f"rates[{part!r}]", factor, "a finite number ≥ 0", _is_finite, least=0)
         for name in _AT_LEAST_ONE:
             _require(name, getattr(self, name), "an integer of at least 1", _is_int, least=1)
         for name in _AT_LEAST_ZERO:
@@ -151,6 +157,10 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.lean and not self.compile:
             raise ValueError("lean: expected false without compile, which is what it is about")
+        if self.start and self.model:
+            raise ValueError(
+                f"model: expected no keys with start (its folder has a config), got {self.model!r}"
+            )
         for name in ("data", "validation"):
             if getattr(self, name).startswith("hf:"):
                 raise ValueError(_no_stream(name, getattr(self, name)))
@@ -171,6 +181,11 @@ class TrainConfig:
                 "validation_interval: expected 0 without a validation folder, got "
                 f"{self.validation_interval}; set validation"
             )
+
+    def rate(self, parameter: str) -> float:
+        """The factor on lr for the parameter of that name."""
+        fitting = [part for part in self.rates if part in parameter]
+        return self.rates[max(fitting, key=len)] if fitting else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""

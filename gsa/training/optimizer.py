@@ -42,7 +42,7 @@ class Optimizers:
     def step(self, lr: float) -> None:
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["rate"]
             member.step()
 
     def zero_grad(self) -> None:
@@ -72,20 +72,28 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
         hidden = {n: p for n, p in decayed.items() if head is None or p is not head.weight}
         decayed = {name: p for name, p in decayed.items() if name not in hidden}
         muon = torch.optim.Muon(
-            list(hidden.values()),
+            _groups(hidden, config, config.weight_decay),
             lr=config.lr,
-            weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
         members.append(muon)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(others.values()), "weight_decay": 0.0},
-    ]
+    groups = _groups(decayed, config, config.weight_decay) + _groups(others, config, 0.0)
     betas = (config.beta1, config.beta2)
-    groups = [group for group in groups if group["params"]]
     members.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True))
     return Optimizers(members)
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], config: TrainConfig, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of equal `TrainConfig.rate`."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        by_rate.setdefault(config.rate(name), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay, "rate": rate}
+        for rate, members in by_rate.items()
+    ]
 
 
 def flat_state(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """What a run needs before it starts: the model and the device, or a clear error."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
-from gsa.training.blocks import prepare_blocks
+from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team
 
@@ -24,6 +25,10 @@ def build_model_config(
             f"validation: {validation.folder} and {shards.folder} were made with different "
             "tokenizers; prepare both with the same"
         )
+    if config.start:
+        model_config = start_config(config.start)
+        shards.require_vocab_size(model_config.vocab_size)
+        return model_config
     tokenizer = shards.load_tokenizer()
     completed = {
         "vocab_size": shards.vocab_size,
@@ -35,6 +40,15 @@ def build_model_config(
     model_config = GSAConfig(**{**completed, **config.model})
     shards.require_vocab_size(model_config.vocab_size)
     return model_config
+
+
+def start_config(folder: str) -> GSAConfig:
+    """ValueError if the folder holds no model of ours."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"start: expected a model folder, got {folder}, without config.json")
+    found = GSAConfig.from_pretrained(folder)
+    assert isinstance(found, GSAConfig)
+    return found
 
 
 def pick_device(name: str, team: Team) -> torch.device:
@@ -66,11 +80,18 @@ def build_model(
 ) -> Any:
     """The model with its initial weights, the same for any number of processes, ready to train."""
     torch.manual_seed(config.seed)
-    model: Any = GSAForCausalLM(model_config)
-    if not config.master_weights:
-        model.to(torch.bfloat16)
+    model: Any
+    if config.start:
+        model = GSAForCausalLM.from_pretrained(config.start, config=model_config)
+    else:
+        model = GSAForCausalLM(model_config)
+    model.to(torch.float32 if config.master_weights else torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(config.rate(name) > 0)
     if team.mesh is None:
         model.to(device)
+        if config.dtype == "bf16":
+            sum_blocks_in(model, torch.bfloat16)  # as several processes do
     model.train()
     prepare_blocks(model, config)
     team.shard(model, config)  # moves it to the device, too, block by block

@@ -1,5 +1,6 @@
 """Norm, MLP, rotary embedding, short convolution, feature maps, layouts, softmax attention."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ from gsa.layers import RMSNorm, SoftmaxAttention, SwiGLU, TokenLayout
 from gsa.layers.feature_map import FeatureMap
 from gsa.layers.in_sight import attend
 from gsa.layers.options import SoftmaxAttentionOptions
-from gsa.layers.projections import is_plain, project_together
+from gsa.layers.projections import is_plain, project_normed_together, project_together
 from gsa.layers.rope import rope_frequencies, rotate
 from gsa.layers.short_convolution import ShortConvolution
 from gsa.layers.softmax_attention import replay_window
+from gsa.ops.triton import swish
 
 ROW_DOCUMENTS = torch.tensor([0, 2, 2, 7, 9])
 
@@ -91,6 +93,33 @@ def test_layers_projected_together_are_the_layers(dtype, compiled):
     for a, b in zip(got, expected, strict=True):
         size = b.abs().max().item()
         torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=8 * eps * size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("width", [48, 300])
+def test_the_output_projected_together_is_the_layers(dtype, affine, width, monkeypatch):
+    """Also where programs have several rows each, and rows lie apart."""
+    monkeypatch.setattr(swish, "PROGRAMS", 4)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    norm = RMSNorm(width, 1e-5, affine=affine).to(device, dtype)
+    layer = torch.nn.Linear(width, 6, bias=False).to(device, dtype)
+    if affine:
+        torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 7, width + 8, dtype=dtype, device=device)[..., :width].requires_grad_()
+    torch.compiler.reset()
+    call = torch.compile(project_normed_together, backend="aot_eager", fullgraph=True)
+    y, d = call(x, norm, layer), torch.randn(2, 7, 6, dtype=dtype, device=device)
+    exact_norm, exact_layer = copy.deepcopy(norm).double(), copy.deepcopy(layer).double()
+    x64 = x.detach().double().requires_grad_()
+    y64 = exact_layer(exact_norm(F.silu(x64)))
+    got = torch.autograd.grad(y, (x, *norm.parameters(), layer.weight), d)
+    expected = torch.autograd.grad(
+        y64, (x64, *exact_norm.parameters(), exact_layer.weight), d.double()
+    )
+    eps = torch.finfo(dtype).eps
+    for a, b in zip((y, *got), (y64, *expected), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=8 * eps, atol=8 * eps * b.abs().max().item())
 
 
 def test_layers_are_projected_together_only_where_they_are_plain():

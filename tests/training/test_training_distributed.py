@@ -153,8 +153,7 @@ def test_muon_shares_its_matrices(runs, pair):
 
 
 def test_bf16_keeps_fp32_weights_or_not(runs, pair):
-    """bf16 rounds to 2^-8, and a mean over hundreds of tokens to less; one process keeps the sum of
-    blocks' outputs in fp32 and two do not."""
+    """bf16 rounds to 2^-8, and a mean over hundreds of tokens to less."""
     fp32 = losses(runs.at("1-whole"))
     for name, dtype in (("bf16", torch.float32), ("half", torch.bfloat16)):
         for n in (1, 2):
