@@ -61,8 +61,7 @@ def convert(config: ConvertConfig) -> Conversion:
     """Make a GSA model out of a pretrained Transformer: its weights copied, gates and norms new.
 
     Embeddings, norms, MLPs, head and all of attention but the softmax are the teacher's; the
-    result is not yet a good language model (gsa train or distillation heals it), unless every
-    layer is kept.
+    result has to be trained before it is a good language model, unless every layer is kept.
 
     Raises before anything is written: FileNotFoundError, ValueError for a teacher that is missing,
     of another family, quantised, incomplete or not understood, or options that do not fit it;

@@ -76,9 +76,15 @@ def open_teacher(folder: str | Path) -> Teacher:
     """
     folder = Path(folder)
     family = _family(folder)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"teacher: expected a {CONFIG} that transformers can read, got {error!r}"
+        ) from error
     weights = _entries(folder)
     left_out = [name for name in weights if is_left_out(name)]
     weights = {name: entry for name, entry in weights.items() if name not in left_out}
@@ -97,11 +103,8 @@ def _family(folder: Path) -> Family:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"teacher: expected a {CONFIG} in {folder}, found none")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"teacher: {path} is not JSON ({error}); download it again") from error
-    family = FAMILIES.get(config.get("model_type"))
+    config = _read_json(path)
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ValueError(
             f"teacher: expected a model_type of {', '.join(FAMILIES)}, got "
@@ -120,11 +123,9 @@ def _family(folder: Path) -> Family:
 def _entries(folder: Path) -> dict[str, Entry]:
     """What the headers of the weights' files say, checked against the index if there is one."""
     weight_map = None
-    if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-    else:
-        files = [ONE_FILE]
+    if (folder / INDEX).is_file() and not (folder / ONE_FILE).is_file():  # as transformers choose
+        weight_map = _weight_map(folder / INDEX)
+    files = [ONE_FILE] if weight_map is None else sorted(set(weight_map.values()))
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         others = sorted(
@@ -144,6 +145,25 @@ def _entries(folder: Path) -> dict[str, Entry]:
     _check_index(weight_map, entries)
     _check_dtypes(entries)
     return entries
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """The files of all weights by name, as an index says."""
+    found = _read_json(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"teacher: expected a weight_map in {path}, found none; download it again")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = f"it holds a {type(found).__name__}"
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"teacher: expected {path} to be a JSON object ({reason}); download it again")
 
 
 def _header(folder: Path, file: str) -> dict[str, Entry]:

@@ -96,8 +96,10 @@ class GatedSlotAttention(nn.Module):
             step |= {"write": write, "normalizer": normalizer}
             after["normalizer"] = normalizer[:, -1].clone()
         output, after["memory"] = self._attend(q, k, v, log_forget, write, layout, state)
-        output = self._finish(output, projected.get("g"), x_BTD, window)
-        return MixerOutput(output, after, step)
+        if window is None:
+            return MixerOutput(self._combine(output, projected.get("g")), after, step)
+        mixed = self._mix(x_BTD, self._finish(output, projected.get("g")), window)
+        return MixerOutput(self.o_proj(mixed), after, step)
 
     def _project(self, x_BTD: Tensor) -> dict[str, Tensor]:
         """All that linear layers make of x: q, k, v, gate logits f, and g of the output gate."""
@@ -207,18 +209,20 @@ class GatedSlotAttention(nn.Module):
             impl=self.impl,
         )
 
-    def _finish(
-        self, output_BTHV: Tensor, gate: Tensor | None, x_BTD: Tensor, window: Tensor | None
-    ) -> Tensor:
-        """Norm, gate, the window's share if there is a window, and the output projection."""
-        if self.options.output_norm and gate is None and window is None:
+    def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
+        """The layer's output, of slots alone."""
+        if self.options.output_norm and gate is None:
             return project_normed(output_BTHV.flatten(2), self.g_norm, self.o_proj)
+        return self.o_proj(self._finish(output_BTHV, gate))
+
+    def _finish(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
+        """What of the slots' output enters the output projection."""
         output = F.silu(output_BTHV.flatten(2))
         if self.options.output_norm:
             output = self.g_norm(output)
         if gate is not None:
             output = output * F.silu(gate)
-        return self.o_proj(output if window is None else self._mix(x_BTD, output, window))
+        return output
 
 
 def replay_slots(options: SlotAttentionOptions, state: State | None, step: State) -> State:

@@ -45,7 +45,11 @@ def test_no_folder_no_config_no_json(save, tmp_path):
     refused(tmp_path, FileNotFoundError, "teacher: expected a local Hugging Face folder, got ")
     folder, _ = save()
     (folder / "config.json").write_text("{")
-    refused(tmp_path, ValueError, "config.json is not JSON", "download it again")
+    refused(tmp_path, ValueError, "config.json to be a JSON object (Expecting", "download it again")
+    (folder / "config.json").write_text("[]")
+    refused(tmp_path, ValueError, "config.json to be a JSON object (it holds a list)")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    refused(tmp_path, ValueError, "expected a config.json that transformers can read", "hidden_siz")
     (folder / "config.json").unlink()
     refused(tmp_path, FileNotFoundError, "expected a config.json in ")
 
@@ -81,6 +85,8 @@ def test_files_that_are_missing_or_damaged(save, tmp_path):
     refused(tmp_path, ValueError, f"expected {files[1]} to be a whole safetensors file, got 43 b")
     save_file({"x": torch.ones(2)}, files[1])
     refused(tmp_path, ValueError, "index.json promises", "that are not where it says")
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    refused(tmp_path, ValueError, "expected a weight_map in ")
 
 
 def test_weights_in_a_format_that_is_not_read(save, tmp_path):

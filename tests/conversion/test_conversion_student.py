@@ -71,6 +71,7 @@ def test_new_weights_are_those_of_a_fresh_model_whatever_the_files(save, tmp_pat
     assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
     student_of(folder, tmp_path / "one", slots=16)
     assert [file.name for file in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
     folder, _ = save("mistral", shard="4KB")
     report, student = student_of(folder, tmp_path / "many", slots=16)
     files = sorted(file.name for file in (tmp_path / "many").glob("model*"))
@@ -281,3 +282,22 @@ def test_a_slot_layer_is_the_papers_formula_on_the_teachers_weights(save, tmp_pa
         y = F.silu(torch.stack(read).flatten(1))
         y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         torch.testing.assert_close(ours(x).output[0], theirs.o_proj(y), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_is_trained_on_text(save, tmp_path, capsys):
+    """As typed: convert, shards by the teacher's tokenizer, train from the student's weights."""
+    folder, _ = save("smollm2")
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "the slot forgets what the gate lets go, and remembers all that was read. " * 60
+    )
+    student, shards, run = (str(tmp_path / name) for name in ("student", "shards", "run"))
+    assert main(["convert", str(folder), "--out", student, "--slots", "8", "--window", "4"]) == 0
+    assert main(["data", "prepare", str(text), "--tokenizer", student, "--out", shards]) == 0
+    command = ["train", "tiny", "--start", student, "--data", shards, "--out", run]
+    assert main([*command, "--steps", "30", "--warmup", "2", "--lr", "0.003"]) == 0
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]
+    assert losses[-1] < 0.7 * losses[0]
+    trained = GSAForCausalLM.from_pretrained(run)
+    assert trained.config.window_branch == 4 and trained.config.tie_word_embeddings
