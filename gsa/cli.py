@@ -4,6 +4,7 @@ gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
+gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transformer
 gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
@@ -79,6 +80,17 @@ def train(arguments: list[str]) -> int:
     return 130 if result.signal == signal.SIGINT else 0
 
 
+def distill(arguments: list[str]) -> int:
+    """teach a converted model what its teacher knows: gsa distill STUDENT --data D --out RUN"""
+    from gsa.conversion import DistillConfig
+    from gsa.conversion import distill as run
+
+    config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
+    result = run(config, command="gsa " + shlex.join(["distill", *arguments]))
+    print(result)
+    return 130 if result.signal == signal.SIGINT else 0
+
+
 def report(arguments: list[str]) -> int:
     """draw and compare the curves of runs: gsa report RUN... [--out FILE]"""
     from gsa.training.comparison import ReportConfig, compare_runs
@@ -92,6 +104,23 @@ def export(arguments: list[str]) -> int:
     from gsa.training.export_run import ExportConfig, export_run
 
     print(export_run(_config("gsa export", export_run, ExportConfig, arguments, ("source",))))
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """a GSA model out of a pretrained Transformer: gsa convert TEACHER --out FOLDER"""
+    from gsa.conversion import ConvertConfig
+    from gsa.conversion import convert as run
+
+    model, rest = take_dict(arguments, "model")
+    parser = argparse.ArgumentParser(
+        prog="gsa convert",
+        description=f"{_summary(run)} Keys of GSAConfig for slot layers: --model.KEY VALUE, such "
+        "as --model.scale rsqrt_key.",
+        allow_abbrev=False,
+    )
+    add_fields(parser, ConvertConfig, positional=("teacher",))
+    print(run(ConvertConfig(**vars(parser.parse_args(rest)), model=model)))
     return 0
 
 
@@ -248,6 +277,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "report": report,
     "export": export,
+    "convert": convert,
+    "distill": distill,
     "generate": generate,
     "chat": chat,
     "prefill": prefill,

@@ -24,6 +24,8 @@ FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Doors between rooms of one floor, each with its reason.
 DOORS = {
     ("training", "data"),  # a training run reads shards
+    ("conversion", "data"),  # a teacher's tokenizer is opened as that of shards
+    ("conversion", "training"),  # files are written as a run's are: whole or not at all
     ("evaluation", "data"),  # held-out text comes as shards
     ("benchmark", "training"),  # training is timed by the engine's own parts
     ("benchmark", "generation"),  # and decoding by the decoder

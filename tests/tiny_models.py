@@ -19,6 +19,12 @@ VARIANTS = {
     "abc_printed": {"gate": "abc_printed"},
     "static_gate": {"gate": "data_independent"},
     "hybrid": {"attn": {"layers": [1], "num_heads": 2, "num_kv_heads": 1}},
+    "window_branch": {
+        "window_branch": 4,
+        "window_rope_theta": 50.0,
+        "num_kv_heads": 2,
+        "gate_bias": True,
+    },
     "window": {
         "attn": [{"layers": [0], "num_heads": 2, "window_size": 4, "rope_theta": 50.0}],
         "gate": "abc",

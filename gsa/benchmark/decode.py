@@ -207,7 +207,7 @@ def step_bytes(model: Any, rows: int) -> int:
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     if not model.config.tie_word_embeddings:
         del sizes["model.embeddings.weight"]  # of which a row is read
-    state = [block.attn.empty_state(1) for block in model.model.layers]
+    state = [block.attn.empty_state(1, 1) for block in model.model.layers]
     memory = sum(t.numel() * t.element_size() for one in state for t in one.values())
     return sum(sizes.values()) + 2 * rows * memory
 

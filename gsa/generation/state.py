@@ -49,7 +49,9 @@ class ModelState:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file beside its place, then renames it; an older one is replaced."""
         path = Path(path)
-        held = {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()}
+        # Copies: layers may share their positions, which a file of tensors must not.
+        dense = torch.contiguous_format
+        held = {name: t.cpu().clone(memory_format=dense) for name, t in self.tensors.items()}
         held["met"] = self.met.nonzero()[:, 0].cpu()
         metadata = {
             "format": FORMAT,

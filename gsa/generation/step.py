@@ -8,8 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsa.layers.gate import StaticGate
-from gsa.layers.slot_attention import State
-from gsa.layers.softmax_attention import SoftmaxAttention, from_ring, to_ring
+from gsa.layers.in_sight import NAMES
+from gsa.layers.mixer import State
+from gsa.layers.ring import from_ring, to_ring
+from gsa.layers.slot_attention import GatedSlotAttention
+from gsa.layers.softmax_attention import SoftmaxAttention
 from gsa.layers.token_layout import TokenLayout
 
 
@@ -49,7 +52,7 @@ class StepBlock(nn.Module):
         projected = dict(zip(self.widths, parts, strict=True))
         if self.static_gate is not None:
             projected["f"] = self.static_gate(h)
-        x_P1D = x_P1D + self.attn.step_(projected, layout, state)
+        x_P1D = x_P1D + self.attn.step_(h, projected, layout, state)
         gate, up = F.linear(self.mlp_norm(x_P1D), self.gate_up).chunk(2, -1)
         return x_P1D + self.down_proj(F.silu(gate) * up)
 
@@ -83,12 +86,7 @@ class StatePool:
 
     def __init__(self, layers: list[Any], rows: int, capacity: int):
         self._mixers, self.rows, self.capacity = layers, rows, capacity
-        self.layers = [self._empty(mixer, rows) for mixer in layers]
-
-    def _empty(self, mixer: Any, rows: int) -> State:
-        if isinstance(mixer, SoftmaxAttention):
-            return mixer.empty_ring(rows, self.capacity)
-        return mixer.empty_state(rows)
+        self.layers = [mixer.empty_state(rows, capacity) for mixer in layers]
 
     @property
     def is_bounded(self) -> bool:
@@ -105,14 +103,13 @@ class StatePool:
         """
         left = dict(tensors)
         for place, (mixer, pool) in enumerate(zip(self._mixers, self.layers, strict=True)):
-            one, prefix = self._empty(mixer, 1), f"layers.{place}."
+            one, prefix = mixer.empty_state(1, self.capacity), f"layers.{place}."
             state = {name: left.pop(prefix + name) for name in one if prefix + name in left}
             if state:
                 _check_state(prefix, one, state)
-                if isinstance(mixer, SoftmaxAttention):
+                if "positions" in one:
                     to_ring(state, one)
-                else:
-                    one = state
+                one |= {name: tensor for name, tensor in state.items() if name not in NAMES}
             for name, tensor in pool.items():
                 tensor[row].copy_(one[name][0])
         if left:
@@ -123,8 +120,10 @@ class StatePool:
         taken = {}
         for place, (mixer, pool) in enumerate(zip(self._mixers, self.layers, strict=True)):
             state = {name: tensor[row : row + 1].clone() for name, tensor in pool.items()}
-            if isinstance(mixer, SoftmaxAttention):
-                state = from_ring(mixer.options, state)
+            if "positions" in state:
+                slots = isinstance(mixer, GatedSlotAttention)
+                window = mixer.options.window_branch if slots else mixer.options.window_size
+                state |= from_ring(state, window)
             taken |= {f"layers.{place}.{name}": tensor for name, tensor in state.items()}
         return taken
 
@@ -132,7 +131,7 @@ class StatePool:
 def _check_state(prefix: str, like: State, state: State) -> None:
     for name, wanted in like.items():
         got = state.get(name)
-        growing = 1 if "positions" in like else None
+        growing = 1 if name in NAMES else None
         shape = [size if axis != growing else -1 for axis, size in enumerate(wanted.shape)]
         found = None if got is None else list(got.shape)
         if found is not None and growing is not None and len(found) > growing:
