@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conversion.conftest import SIZES, TEACHERS, build_model
 from safetensors.torch import load_file
+from teachers import SIZES, TEACHERS, build_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
