@@ -165,6 +165,17 @@ def train(arguments: list[str]) -> int:
     return 130 if result.signal == signal.SIGINT else 0
 
 
+def distill(arguments: list[str]) -> int:
+    """teach a converted model what its teacher knows: gsa distill STUDENT --data D --out RUN"""
+    from gsa.conversion import DistillConfig
+    from gsa.conversion import distill as run
+
+    config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
+    result = run(config, command="gsa " + shlex.join(["distill", *arguments]))
+    print(result)
+    return 130 if result.signal == signal.SIGINT else 0
+
+
 def report(arguments: list[str]) -> int:
     """draw and compare the curves of runs: gsa report RUN... [--out FILE]"""
     from gsa.training.comparison import ReportConfig, compare_runs
@@ -315,6 +326,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": report,
     "export": export,
     "convert": convert,
+    "distill": distill,
     "generate": generate,
     "bench": bench,
     "info": info,
