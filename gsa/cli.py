@@ -73,7 +73,7 @@ def train(arguments: list[str]) -> int:
     model, rest = take_dict(rest, "model")
     given = vars(parser.parse_args(rest))
     chosen = given.pop("resume")
-    config = replace(recipe, **given, model=model if given.get("start") else recipe.model | model)
+    config = replace(recipe, **given, model=model if given.get("init") else recipe.model | model)
     from gsa.training.loop import train as run
 
     result = run(config, resume=chosen, command="gsa " + shlex.join(["train", *arguments]))

@@ -107,7 +107,7 @@ class DistillConfig:
             data=self.data,
             out=str(Path(self.out) / f"{number}-{stage.objective}"),
             validation=self.validation,
-            start=start,
+            init=start,
             rates=stage.rates,
             seq_len=self.seq_len,
             rows=self.rows,

@@ -54,7 +54,7 @@ class TrainConfig:
     """Shard folder of held-out text; empty for none."""
     model: dict[str, Any] = field(default_factory=dict)
     """Keys of GSAConfig; vocab_size and eos_token_id come from the shards unless given."""
-    start: str = ""
+    init: str = ""
     """Model folder to take weights and config from; empty for random weights and `model`."""
     rates: dict[str, float] = field(default_factory=dict)
     """Factors on lr by a part of parameters' names; the longest that fits counts, 1 if none does. A
@@ -125,7 +125,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("name", "data", "out", "device"):
             _require(name, getattr(self, name), "a non-empty string", _is_text)
-        for name in ("validation", "prompt", "start"):
+        for name in ("validation", "prompt", "init"):
             _require(name, getattr(self, name), "a string", lambda value: isinstance(value, str))
         is_model = isinstance(self.model, dict) and all(isinstance(key, str) for key in self.model)
         if not is_model:
@@ -157,9 +157,9 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.lean and not self.compile:
             raise ValueError("lean: expected false without compile, which is what it is about")
-        if self.start and self.model:
+        if self.init and self.model:
             raise ValueError(
-                f"model: expected no keys with start (its folder has a config), got {self.model!r}"
+                f"model: expected no keys with init (its folder has a config), got {self.model!r}"
             )
         for name in ("data", "validation"):
             if getattr(self, name).startswith("hf:"):
@@ -181,11 +181,6 @@ class TrainConfig:
                 "validation_interval: expected 0 without a validation folder, got "
                 f"{self.validation_interval}; set validation"
             )
-
-    def rate(self, parameter: str) -> float:
-        """The factor on lr for the parameter of that name."""
-        fitting = [part for part in self.rates if part in parameter]
-        return self.rates[max(fitting, key=len)] if fitting else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""

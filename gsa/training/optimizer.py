@@ -83,13 +83,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
     return Optimizers(members)
 
 
+def rate_of(parameter: str, config: TrainConfig) -> float:
+    """The factor on lr for the parameter of that name; 0 freezes it."""
+    fitting = [part for part in config.rates if part in parameter]
+    return config.rates[max(fitting, key=len)] if fitting else 1.0
+
+
 def _groups(
     parameters: dict[str, nn.Parameter], config: TrainConfig, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Groups of equal `TrainConfig.rate`."""
+    """Groups of equal `rate_of`."""
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        by_rate.setdefault(config.rate(name), []).append(parameter)
+        by_rate.setdefault(rate_of(name, config), []).append(parameter)
     return [
         {"params": members, "weight_decay": weight_decay, "rate": rate}
         for rate, members in by_rate.items()

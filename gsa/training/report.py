@@ -130,7 +130,7 @@ def report_text(
     parts = [
         f"# {config.name}",
         "A Gated Slot Attention language model, trained from "
-        + (f"the weights of {config.start}." if config.start else "random weights."),
+        + (f"the weights of {config.init}." if config.init else "random weights."),
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
         f"![loss over {unit}s seen]({CURVE})",
     ]

@@ -10,6 +10,7 @@ from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team
+from gsa.training.optimizer import rate_of
 
 
 def build_model_config(
@@ -25,8 +26,8 @@ def build_model_config(
             f"validation: {validation.folder} and {shards.folder} were made with different "
             "tokenizers; prepare both with the same"
         )
-    if config.start:
-        model_config = start_config(config.start)
+    if config.init:
+        model_config = init_config(config.init)
         shards.require_vocab_size(model_config.vocab_size)
         return model_config
     tokenizer = shards.load_tokenizer()
@@ -42,10 +43,10 @@ def build_model_config(
     return model_config
 
 
-def start_config(folder: str) -> GSAConfig:
+def init_config(folder: str) -> GSAConfig:
     """ValueError if the folder holds no model of ours."""
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"start: expected a model folder, got {folder}, without config.json")
+        raise ValueError(f"init: expected a model folder, got {folder}, without config.json")
     found = GSAConfig.from_pretrained(folder)
     assert isinstance(found, GSAConfig)
     return found
@@ -81,13 +82,13 @@ def build_model(
     """The model with its initial weights, the same for any number of processes, ready to train."""
     torch.manual_seed(config.seed)
     model: Any
-    if config.start:
-        model = GSAForCausalLM.from_pretrained(config.start, config=model_config)
+    if config.init:
+        model = GSAForCausalLM.from_pretrained(config.init, config=model_config)
     else:
         model = GSAForCausalLM(model_config)
     model.to(torch.float32 if config.master_weights else torch.bfloat16)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(config.rate(name) > 0)
+        parameter.requires_grad_(rate_of(name, config) > 0)
     if team.mesh is None:
         model.to(device)
         if config.dtype == "bf16":

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conversion.conftest import LINEAR, LLAMA3, SIZES, TEACHERS, YARN
+from teachers import LINEAR, LLAMA3, SIZES, TEACHERS, YARN
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.conversion import ConvertConfig, check, convert

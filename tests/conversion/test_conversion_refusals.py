@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from conversion.conftest import SIZES, build_tokenizer
 from safetensors.torch import load_file, save_file
+from teachers import SIZES, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.cli import main

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conversion.conftest import SIZES, TEACHERS, build_model
 from safetensors.torch import load_file
+from teachers import SIZES, TEACHERS, build_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 
@@ -294,7 +294,7 @@ def test_a_student_is_trained_on_text(save, tmp_path, capsys):
     student, shards, run = (str(tmp_path / name) for name in ("student", "shards", "run"))
     assert main(["convert", str(folder), "--out", student, "--slots", "8", "--window", "4"]) == 0
     assert main(["data", "prepare", str(text), "--tokenizer", student, "--out", shards]) == 0
-    command = ["train", "tiny", "--start", student, "--data", shards, "--out", run]
+    command = ["train", "tiny", "--init", student, "--data", shards, "--out", run]
     assert main([*command, "--steps", "30", "--warmup", "2", "--lr", "0.003"]) == 0
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if "loss" in json.loads(line)]

@@ -334,7 +334,7 @@ def test_a_run_from_a_models_weights_at_rates_of_their_own(make_config, tmp_path
     """Frozen parameters stay what they are, others move by their share of the rate."""
     first = make_config(steps=4, out=str(tmp_path / "first"))
     train(first)
-    asked = {"start": first.out, "rates": {"": 0.0, "attn.": 1.0, "mlp.up_proj": 0.1}}
+    asked = {"init": first.out, "rates": {"": 0.0, "attn.": 1.0, "mlp.up_proj": 0.1}}
     on = replace(first, **asked, model={}, out=str(tmp_path / "on"), optimizer=optimizer, steps=6)
     result = train(replace(on, lr=1e-5, min_lr=1e-6, weight_decay=0.0, warmup=0))
     before, after = (load_file(Path(o) / "model.safetensors") for o in (first.out, on.out))
@@ -348,7 +348,7 @@ def test_a_run_from_a_models_weights_at_rates_of_their_own(make_config, tmp_path
 
 
 def test_a_start_that_is_no_model_is_named_before_anything_is_written(make_config, tmp_path):
-    config = replace(make_config(), start=str(tmp_path / "none"), model={})
-    with pytest.raises(ValueError, match=r"start: expected a model folder, got .*none"):
+    config = replace(make_config(), init=str(tmp_path / "none"), model={})
+    with pytest.raises(ValueError, match=r"init: expected a model folder, got .*none"):
         train(config)
     assert not Path(config.out).exists()
