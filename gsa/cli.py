@@ -5,8 +5,12 @@ gsa data corpus DEBS... --out FOLDER      packages and books to cleaned English 
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
+gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transformer
 gsa generate MODEL --prompt TEXT          continue a text
+gsa chat MODEL                            talk to a model
+gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
 gsa bench ops [options]                   time the operator on this machine
+gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
@@ -14,107 +18,19 @@ gsa info                                  versions, devices, implementations
 """
 
 import argparse
-import ast
 import inspect
-import itertools
-import json
 import os
 import shlex
 import signal
 import sys
-import types
-import typing
 from collections.abc import Callable
-from dataclasses import MISSING, fields, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import gsa
+from gsa.cli_options import add_fields, take_dict
 
 Config = TypeVar("Config")
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
-
-
-def field_docs(config_class: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(config_class).lstrip()).body[0].body  # type: ignore
-    docs = {}
-    for node, after in itertools.pairwise(body):
-        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
-            docs[node.target.id] = str(after.value.value)  # type: ignore
-    return docs
-
-
-def add_fields(
-    parser: argparse.ArgumentParser,
-    config_class: type,
-    *,
-    positional: tuple[str, ...] = (),
-    defaults: object = None,
-) -> None:
-    """One option per field: --max-new-tokens for max_new_tokens. Dicts are left to `take_dict`.
-
-    defaults: an instance whose values the help shows; options not given are absent from the result.
-    """
-    hints = typing.get_type_hints(config_class)
-    docs = field_docs(config_class)
-    for field in fields(config_class):
-        hint = hints[field.name]
-        if typing.get_origin(hint) is dict:
-            continue
-        default = getattr(defaults, field.name, field.default)
-        required = default is MISSING
-        help_text = docs[field.name].replace("%", "%%")
-        if not required and not (isinstance(default, bool) or default in ("", ())):
-            help_text += f" [{default}]"
-        options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
-        if typing.get_origin(hint) is tuple:
-            optional = field.name in positional and not required
-            options |= {"nargs": "*" if optional else "+", "metavar": "X"}
-            options["type"] = typing.get_args(hint)[0]
-        elif typing.get_origin(hint) is typing.Literal:
-            options["choices"] = typing.get_args(hint)
-        elif hint is bool:
-            options["action"] = "store_false" if default else "store_true"
-        else:
-            options["type"] = _simple_type(hint)
-            options["metavar"] = _METAVARS[options["type"]]
-        if field.name in positional:
-            options["metavar"] = field.name.upper()
-            parser.add_argument(field.name, **options)
-        else:
-            no = "no-" if options.get("action") == "store_false" else ""
-            flag = f"--{no}{field.name.replace('_', '-')}"
-            parser.add_argument(flag, dest=field.name, required=required, **options)
-
-
-def _simple_type(hint: Any) -> type:
-    if isinstance(hint, types.UnionType):  # int | None and the like
-        return next(part for part in typing.get_args(hint) if part is not type(None))
-    return hint
-
-
-def take_dict(arguments: list[str], name: str) -> tuple[dict[str, Any], list[str]]:
-    """Splits `--model.num_slots 32` off the arguments: ({"num_slots": 32}, the rest).
-
-    Values are JSON where they can be, else strings. ValueError for an option without a value.
-    """
-    found, rest, queue = {}, [], list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        if not argument.startswith(f"--{name}."):
-            rest.append(argument)
-            continue
-        key, equals, value = argument.removeprefix(f"--{name}.").partition("=")
-        if not equals:
-            if not queue:
-                raise ValueError(f"{argument}: expected a value after it")
-            value = queue.pop(0)
-        try:
-            found[key.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            found[key.replace("-", "_")] = value
-    return found, rest
 
 
 def data(arguments: list[str]) -> int:
@@ -164,10 +80,21 @@ def train(arguments: list[str]) -> int:
     model, rest = take_dict(rest, "model")
     given = vars(parser.parse_args(rest))
     chosen = given.pop("resume")
-    config = replace(recipe, **given, model=recipe.model | model)
+    config = replace(recipe, **given, model=model if given.get("init") else recipe.model | model)
     from gsa.training.loop import train as run
 
     result = run(config, resume=chosen, command="gsa " + shlex.join(["train", *arguments]))
+    return 130 if result.signal == signal.SIGINT else 0
+
+
+def distill(arguments: list[str]) -> int:
+    """teach a converted model what its teacher knows: gsa distill STUDENT --data D --out RUN"""
+    from gsa.conversion import DistillConfig
+    from gsa.conversion import distill as run
+
+    config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
+    result = run(config, command="gsa " + shlex.join(["distill", *arguments]))
+    print(result)
     return 130 if result.signal == signal.SIGINT else 0
 
 
@@ -187,18 +114,31 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+def convert(arguments: list[str]) -> int:
+    """a GSA model out of a pretrained Transformer: gsa convert TEACHER --out FOLDER"""
+    from gsa.conversion import ConvertConfig
+    from gsa.conversion import convert as run
+
+    model, rest = take_dict(arguments, "model")
+    parser = argparse.ArgumentParser(
+        prog="gsa convert",
+        description=f"{_summary(run)} Keys of GSAConfig for slot layers: --model.KEY VALUE, such "
+        "as --model.scale rsqrt_key.",
+        allow_abbrev=False,
+    )
+    add_fields(parser, ConvertConfig, positional=("teacher",))
+    print(run(ConvertConfig(**vars(parser.parse_args(rest)), model=model)))
+    return 0
+
+
 def generate(arguments: list[str]) -> int:
     """continue a text: gsa generate MODEL --prompt TEXT"""
     from gsa.generation.config import GenerateConfig
 
-    parser = argparse.ArgumentParser(prog="gsa generate", description="Continue a text.")
-    add_fields(parser, GenerateConfig, positional=("model",))
-    config = GenerateConfig(**vars(parser.parse_args(arguments)))
-    from transformers.utils import logging
-
+    config = _config("gsa generate", "Continue a text.", GenerateConfig, arguments, ("model",))
+    _text_alone()
     from gsa.generation.text import generate_text
 
-    logging.disable_progress_bar()  # the text alone is wanted, not how the weights were read
     pieces = generate_text(config)
     first = next(pieces)
     print(config.prompt, end=first, flush=True)
@@ -208,9 +148,42 @@ def generate(arguments: list[str]) -> int:
     return 0
 
 
+def chat(arguments: list[str]) -> int:
+    """talk to a model: gsa chat MODEL"""
+    from gsa.generation.config import ChatConfig
+
+    config = _config("gsa chat", "Talk to a model.", ChatConfig, arguments, ("model",))
+    _text_alone()
+    from gsa.generation.chat import chat as run
+
+    run(config)
+    return 0
+
+
+def prefill(arguments: list[str]) -> int:
+    """read a text into a file: gsa prefill MODEL TEXT --state FILE"""
+    from gsa.generation.config import PrefillConfig
+
+    about = "Read a text into a model's state and save that as a file."
+    config = _config("gsa prefill", about, PrefillConfig, arguments, ("model", "text"))
+    _text_alone()
+    from gsa.generation.text import prefill_file
+
+    print(prefill_file(config))
+    return 0
+
+
+def _text_alone() -> None:
+    """Text alone is wanted, not how the weights were read."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def bench(arguments: list[str]) -> int:
-    """time the operator: gsa bench ops (then plot, tune); models: gsa bench training, cost"""
-    chosen, rest = _subcommand("bench", ("ops", "plot", "tune", "cost", "training"), arguments)
+    """time things: gsa bench ops (then plot, tune); models: gsa bench training, decode, cost"""
+    known = ("ops", "plot", "tune", "cost", "training", "decode")
+    chosen, rest = _subcommand("bench", known, arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
 
@@ -234,6 +207,13 @@ def bench(arguments: list[str]) -> int:
 
         config = _config("gsa bench training", bench_training, BenchTrainingConfig, rest)
         bench_training(config, {name: make().model for name, make in RECIPES.items()})
+        return 0
+    if chosen == "decode":
+        from gsa.benchmark.decode import BenchDecodeConfig, bench_decode
+        from gsa.recipes import RECIPES
+
+        config = _config("gsa bench decode", bench_decode, BenchDecodeConfig, rest)
+        bench_decode(config, {name: make().model for name, make in RECIPES.items()})
         return 0
     from gsa.benchmark.device import bench_device
 
@@ -270,13 +250,14 @@ def info(arguments: list[str]) -> int:
 
 def _config(
     prog: str,
-    function: Callable[..., object],
+    about: Callable[..., object] | str,
     config_class: type[Config],
     arguments: list[str],
     positional: tuple[str, ...] = (),
 ) -> Config:
-    """The config that the arguments of a command say; the help is that of its function."""
-    parser = argparse.ArgumentParser(prog=prog, description=_summary(function), allow_abbrev=False)
+    """The config that the arguments of a command say; about: its help, or a function with it."""
+    description = about if isinstance(about, str) else _summary(about)
+    parser = argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False)
     add_fields(parser, config_class, positional=positional)
     return config_class(**vars(parser.parse_args(arguments)))
 
@@ -303,7 +284,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "report": report,
     "export": export,
+    "convert": convert,
+    "distill": distill,
     "generate": generate,
+    "chat": chat,
+    "prefill": prefill,
     "bench": bench,
     "info": info,
 }

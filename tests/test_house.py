@@ -17,15 +17,19 @@ FLOORS = [
     {"model"},
     {"generation", "data", "training", "conversion", "evaluation", "benchmark"},
     {"experiments", "recipes"},
-    {"cli", "__main__"},
+    {"cli", "cli_options", "__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 # Doors between rooms of one floor, each with its reason.
 DOORS = {
     ("training", "data"),  # a training run reads shards
+    ("conversion", "data"),  # a teacher's tokenizer is opened as that of shards
+    ("conversion", "training"),  # files are written as a run's are: whole or not at all
     ("evaluation", "data"),  # held-out text comes as shards
     ("benchmark", "training"),  # training is timed by the engine's own parts
+    ("benchmark", "generation"),  # and decoding by the decoder
+    ("cli", "cli_options"),  # options of commands
     ("__main__", "cli"),  # python -m gsa
 }
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gsa.benchmark.decode_plot import plot_decode
 from gsa.benchmark.training_plot import plot_training
 
+KINDS = ("ops-gpu", "training", "decode")
 PANELS = {"forward": "forward", "forward_backward": "forward + backward"}
 STYLES: dict[str, tuple[str, str, str]] = {
     "ours": ("ours", "o", "tab:blue"),
@@ -21,8 +23,8 @@ ROW_INCHES = 0.42
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
     results: tuple[str, ...]
-    """JSON files of `gsa bench ops` or of `gsa bench training`, all on one kind of GPU; of a case
-    in several, the last counts."""
+    """JSON files of `gsa bench ops`, `training` or `decode`, all of one kind on one kind of GPU; of
+    a case in several, the last counts."""
     out: str = ""
     """PNG file to write; beside the first result if empty."""
 
@@ -33,8 +35,10 @@ def read_result(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("benchmark") not in ("ops-gpu", "training"):
-        raise ValueError(f"{path}: expected a result of gsa bench ops on a GPU, or of training")
+    if not isinstance(document, dict) or document.get("benchmark") not in KINDS:
+        raise ValueError(
+            f"{path}: expected a result of gsa bench ops on a GPU, of training or of decode"
+        )
     return document
 
 
@@ -112,6 +116,8 @@ def plot_results(paths: Sequence[Path], out: Path) -> Path:
         raise ValueError(f"results: expected one kind, got {' and '.join(sorted(kinds))}")
     if kinds == {"training"}:
         return plot_training(documents, out)
+    if kinds == {"decode"}:
+        return plot_decode(documents, out)
     rows = merged_rows(documents)
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -140,6 +146,6 @@ def plot_results(paths: Sequence[Path], out: Path) -> Path:
 
 
 def bench_plot(config: PlotConfig) -> Path:
-    """Draws the plot of results of `gsa bench ops` on a GPU, or of `gsa bench training`."""
+    """Draws the plot of results of `gsa bench ops` on a GPU, of `training` or of `decode`."""
     paths = [Path(name) for name in config.results]
     return plot_results(paths, Path(config.out) if config.out else paths[0].with_suffix(".png"))

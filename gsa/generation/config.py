@@ -1,7 +1,10 @@
-"""What `gsa generate` is asked to do."""
+"""What `gsa generate`, `gsa chat` and `gsa prefill` are asked to do."""
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
+
+Dtype = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,8 +13,10 @@ class GenerateConfig:
 
     model: str
     """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
-    prompt: str
-    """The text to continue."""
+    prompt: str = ""
+    """The text to continue; with state, what follows the text that it has read."""
+    state: str = ""
+    """File that gsa prefill wrote with this model: go on after its text."""
     max_new_tokens: int = 200
     """Tokens to write at most; the end of the document stops earlier."""
     temperature: float = 0.8
@@ -20,24 +25,103 @@ class GenerateConfig:
     """Sample among the k likeliest tokens only; 0 for all."""
     top_p: float = 1.0
     """Sample among the likeliest tokens that together reach this probability; 1 for all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred before less likely, also in greedy text."""
     seed: int = 0
     """The same seed writes the same text."""
     greedy: bool = False
     """Always take the likeliest token; temperature, top_k, top_p and seed play no part."""
     device: str = "cpu"
     """Where to run: cpu, cuda, ..."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto as they were saved."""
+    compile: bool = False
+    """On a CUDA device: compile the step first, which takes a while, for faster tokens."""
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ValueError("model: expected the folder of a model, got an empty string")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"temperature: expected a number above 0, got {self.temperature}; for no chance at "
-                "all use greedy"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected a number in (0, 1], got {self.top_p}")
+        check_model(self.model)
+        check_sampling(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A conversation. ValueError naming the field if a value makes no sense."""
+
+    model: str
+    """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
+    system: str = ""
+    """Instructions before the conversation; needs a tokenizer with a chat template."""
+    state: str = ""
+    """File that gsa prefill wrote with this model: talk about its text."""
+    max_new_tokens: int = 500
+    """Tokens of an answer at most."""
+    temperature: float = 0.8
+    """Divides the logits before sampling: below 1 is surer, above 1 wilder."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together reach this probability; 1 for all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred before less likely, also in greedy text."""
+    seed: int = 0
+    """The same seed and messages write the same answers."""
+    greedy: bool = False
+    """Always take the likeliest token; temperature, top_k, top_p and seed play no part."""
+    capacity: int = 0
+    """Tokens of the conversation at most, for models with softmax layers without a window; 0 for
+    the config's max_position_embeddings. Others have no limit."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, ..."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto as they were saved."""
+    compile: bool = False
+    """On a CUDA device: compile the step first, which takes a while, for faster tokens."""
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        check_sampling(self)
+        if self.capacity < 0:
+            raise ValueError(f"capacity: expected at least 0, got {self.capacity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    """A text to be read into a file. ValueError naming the field if a value makes no sense."""
+
+    model: str
+    """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
+    text: str
+    """File with the text to read, UTF-8."""
+    state: str
+    """File to write, such as book.safetensors; an older one is replaced."""
+    device: str = "cpu"
+    """Where to run: cpu, cuda, ..."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto as they were saved. Another dtype is another model to a state."""
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        if not self.state:
+            raise ValueError("state: expected a file to write, got an empty string")
+
+
+def check_model(folder: str) -> None:
+    if not folder:
+        raise ValueError("model: expected the folder of a model, got an empty string")
+
+
+def check_sampling(settings: Any) -> None:
+    """ValueError naming the field of a sampling setting that makes no sense."""
+    if settings.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {settings.max_new_tokens}")
+    for name in ("temperature", "repetition_penalty"):
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            hint = "; for no chance at all use greedy" if name == "temperature" else ""
+            raise ValueError(f"{name}: expected a number above 0, got {value}{hint}")
+    if settings.top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, got {settings.top_k}")
+    if not 0 < settings.top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], got {settings.top_p}")
+    if not -(2**63) <= settings.seed < 2**63:
+        raise ValueError(f"seed: expected a number of 64 bits, got {settings.seed}")

@@ -1,25 +1,33 @@
-"""Text from a model's folder, token by token, through the recurrent memory.
+"""Text from a model's folder, as it is written.
 
 for piece in generate_text(GenerateConfig(model="runs/demo", prompt="ROMEO:")):
     print(piece, end="", flush=True)
 """
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoTokenizer
 
-from gsa.generation.config import GenerateConfig
+from gsa.generation.config import Dtype, GenerateConfig, PrefillConfig
+from gsa.generation.decoder import Decoder
+from gsa.generation.prefill import read
+from gsa.generation.sampling import Sampling
+from gsa.generation.state import ModelState, fingerprint
 from gsa.model import GSAForCausalLM
 
+DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
 
-def load(folder: str | Path) -> tuple[Any, Any]:
+
+def load(folder: str | Path, dtype: Dtype = "auto") -> tuple[Any, Any]:
     """(model, tokenizer) of a folder on this machine; nothing is downloaded.
+
+    dtype: of the weights; auto as they were saved.
 
     FileNotFoundError without the folder, ValueError if it is no GSA model, is unfinished or
     damaged, or has no tokenizer.
@@ -27,7 +35,7 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     path = Path(folder)
     _check_model_folder(path)
     try:
-        model = GSAForCausalLM.from_pretrained(path, local_files_only=True)
+        model = GSAForCausalLM.from_pretrained(path, local_files_only=True, dtype=DTYPES[dtype])
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: the weights cannot be read ({error}); damaged?") from error
     try:
@@ -67,57 +75,50 @@ def _check_model_folder(path: Path) -> None:
 
 def generate_text(config: GenerateConfig) -> Iterator[str]:
     """The continuation of config.prompt, in pieces as soon as they are whole characters."""
-    model, tokenizer = load(config.model)
-    model.to(_device(config.device))
-    prompt = tokenizer(config.prompt)["input_ids"]
-    if not prompt:
+    model, tokenizer = load(config.model, config.dtype)
+    before = ModelState.load(config.state) if config.state else None
+    prompt = tokenizer(config.prompt, add_special_tokens=before is None)["input_ids"]
+    if not prompt and before is None:
         raise ValueError("prompt: expected some text: this tokenizer starts no document by itself")
-    stream = TextStream(tokenizer, prompt)
-    for token in generate_tokens(model, prompt, config):
-        yield stream.add(token)
+    length = len(prompt) + (0 if before is None else before.tokens)
+    decoder = Decoder(
+        model.to(to_device(config.device)),
+        capacity=length + config.max_new_tokens,
+        compile=config.compile,
+    )
+    state = decoder.prefill(prompt, before)
+    stream = TextStream(tokenizer, prompt or [state.last])
+    for token in decoder.write(state, Sampling.of(config)):
+        if token not in decoder.ends:
+            yield stream.add(token)
     yield stream.end()
 
 
-def _device(name: str) -> torch.device:
+def prefill_file(config: PrefillConfig) -> str:
+    """Read a text into a model's state and save that as a file; says what was read."""
+    try:
+        text = Path(config.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.text}: expected text in UTF-8 ({error})") from None
+    model, tokenizer = load(config.model, config.dtype)
+    model.to(to_device(config.device))
+    tokens = tokenizer(text)["input_ids"]
+    if not tokens:
+        raise ValueError(f"{config.text}: expected some text, got an empty file")
+    begin = time.perf_counter()
+    state = read(model, tokens, None, fingerprint(model))
+    state.save(config.state)
+    seconds = time.perf_counter() - begin
+    size = Path(config.state).stat().st_size
+    return f"{config.state}: {state.tokens} tokens read in {seconds:.1f} s, {size / 1e6:.2f} MB"
+
+
+def to_device(name: str) -> torch.device:
+    """A device by its name; ValueError if there is none such."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
-
-
-@torch.inference_mode()
-def generate_tokens(model: Any, prompt: list[int], config: GenerateConfig) -> Iterator[int]:
-    """Token ids after the prompt, one model step each, up to the end-of-document token."""
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    generator = torch.Generator(device=model.device).manual_seed(config.seed)
-    ids = torch.tensor([prompt], device=model.device)
-    cache = None
-    for _ in range(config.max_new_tokens):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token = int(pick_token(output.logits[0, -1].float(), config, generator))
-        if token in ends:
-            return
-        yield token
-        ids = torch.tensor([[token]], device=model.device)
-
-
-def pick_token(logits_W: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
-    """The likeliest token, or one drawn after temperature, top-k and top-p, in that order."""
-    if config.greedy:
-        return logits_W.argmax()
-    logits_W = logits_W / config.temperature
-    if 0 < config.top_k < logits_W.numel():
-        least = logits_W.topk(config.top_k).values[-1]
-        logits_W = logits_W.masked_fill(logits_W < least, -torch.inf)
-    probs_W = logits_W.softmax(0)
-    if config.top_p < 1:
-        sorted_W, order_W = probs_W.sort(descending=True, stable=True)
-        # A token stays if those before it fall short of top_p; the first always does.
-        unneeded_W = sorted_W.cumsum(0) - sorted_W >= config.top_p
-        probs_W = probs_W.index_fill(0, order_W[unneeded_W], 0.0)
-    return torch.multinomial(probs_W, 1, generator=generator)
 
 
 class TextStream:

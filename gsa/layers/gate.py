@@ -14,11 +14,16 @@ GATES = ("data_dependent", "data_independent", "abc", "abc_printed")
 NO_TOKENS = -1e30
 
 
+def spread_logits(heads: int, slots: int) -> Tensor:
+    """Logits [G, M] from 0 to 6 in each head: half-lives of about 8 to 2000 tokens at tau = 8."""
+    return torch.linspace(0, 6, slots).expand(heads, slots)
+
+
 class StaticGate(nn.Module):
     """Gate logits that ignore the token: one learned number per key/value head and slot.
 
-    Spread over [0, 6] at the start, a half-life of about 8 to 2000 tokens at tau = 8: slots that
-    start equal would stay equal, since nothing else tells them apart.
+    Spread at the start: slots that start equal would stay equal, since nothing else tells them
+    apart.
     """
 
     def __init__(self, heads: int, slots: int):
@@ -29,8 +34,7 @@ class StaticGate(nn.Module):
 
     def initial_logits(self) -> Tensor:
         """[G, M]."""
-        spread = torch.linspace(0, 6, self.logits.shape[1], device=self.logits.device)
-        return spread.expand_as(self.logits)
+        return spread_logits(*self.logits.shape).to(self.logits.device)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, _ = x_BTD.shape

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 from gsa.layers.feature_map import FEATURE_MAPS, VALUE_ACTIVATIONS
 from gsa.layers.gate import GATES
-from gsa.layers.rope import ROPE_TYPES
+from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
 from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
 
 
@@ -29,6 +29,8 @@ class SlotAttentionOptions:
     """V = head_dim · expand_v."""
     gate: str = "data_dependent"
     """data_dependent | data_independent | abc | abc_printed."""
+    gate_bias: bool = False
+    """A bias on the gate logits, for gates that depend on the token."""
     gate_logit_normalizer: float = 8.0
     """tau in f = sigmoid(logits)^(1/tau): larger forgets more slowly. Not used by the abc gates."""
     feature_map: str = "swish"
@@ -46,7 +48,7 @@ class SlotAttentionOptions:
     rope_theta: float | None = None
     """Rotates queries and keys by position after the feature map; None leaves positions out."""
     rope_scaling: dict | None = None
-    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    """Scaling of the rotation: rope_type default | linear | llama3 | yarn and its numbers."""
     use_short_conv: bool = False
     """A causal depthwise convolution after each of the q, k and v projections."""
     conv_size: int = 4
@@ -61,11 +63,18 @@ class SlotAttentionOptions:
     """eps of the norm before the output projection."""
     output_gate: bool = False
     """Multiplies the normed output by swish(W_g x)."""
+    window_branch: int | None = None
+    """A softmax branch over so many tokens, the query's own included, that shares q, k, v and o
+    with the slots; a learned gate mixes the two. None leaves it out."""
+    window_rope_theta: float | None = None
+    """Rotates that branch's queries and keys by position; None leaves positions out."""
+    window_rope_scaling: dict | None = None
+    """Scaling of that rotation, as in rope_scaling."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads"):
             check_positive_int(name, getattr(self, name))
-        for name in ("num_kv_heads", "num_slots", "head_dim"):
+        for name in ("num_kv_heads", "num_slots", "head_dim", "window_branch"):
             if getattr(self, name) is not None:
                 check_positive_int(name, getattr(self, name))
         for name in (
@@ -99,6 +108,23 @@ class SlotAttentionOptions:
         check_rope(self.rope_theta, self.rope_scaling, self.key_width)
         if self.use_short_conv and (not isinstance(self.conv_size, int) or self.conv_size < 2):
             raise ValueError(f"conv_size: expected a whole number >= 2, got {self.conv_size!r}")
+        if self.gate_bias and self.gate == "data_independent":
+            raise ValueError("gate_bias: expected False with gate data_independent, which is one")
+        self._check_window()
+
+    def _check_window(self) -> None:
+        rotation = (self.window_rope_theta, self.window_rope_scaling)
+        check_rope(*rotation, self.key_width, prefix="window_")
+        if self.window_branch is None and self.window_rope_theta is not None:
+            raise ValueError(
+                "window_rope_theta: expected None without window_branch (nothing to rotate), got "
+                f"{self.window_rope_theta}"
+            )
+        if self.window_branch is not None and self.use_short_conv:
+            raise ValueError(
+                "window_branch: expected None with use_short_conv (its queries and keys are those "
+                f"of the projections), got {self.window_branch}"
+            )
 
     @property
     def _head_dim(self) -> int:
@@ -127,7 +153,7 @@ class SlotAttentionOptions:
     @property
     def swish_follows(self) -> bool:
         """Whether queries, keys and values go from their projections right into swish."""
-        between = self.use_short_conv or self.qk_norm
+        between = self.use_short_conv or self.qk_norm or self.window_branch is not None
         return {self.feature_map, self.value_activation} == {"swish"} and not between
 
     @property
@@ -153,7 +179,7 @@ class SoftmaxAttentionOptions:
     rope_theta: float | None = 10000.0
     """Base of the rotary embedding; None leaves positions out."""
     rope_scaling: dict | None = None
-    """Scaling of the rotation: rope_type default | linear | llama3 and its numbers."""
+    """Scaling of the rotation: rope_type default | linear | llama3 | yarn and its numbers."""
     qkv_bias: bool = False
     """Biases on the q, k and v projections."""
     qk_norm: bool = False
@@ -221,29 +247,27 @@ def check_flags(options: object) -> None:
             raise ValueError(f"{field.name}: expected True or False, got {value!r}")
 
 
-def check_rope(theta: object, scaling: dict | None, width: int) -> None:
+def check_rope(theta: object, scaling: dict | None, width: int, *, prefix: str = "") -> None:
     """Refuses a rotation that could not be applied as it stands."""
+    theta_name, scaling_name = f"{prefix}rope_theta", f"{prefix}rope_scaling"
     if theta is None:
         if scaling is not None:
             raise ValueError(
-                "rope_scaling: expected None without rope_theta (no rotation to scale)"
+                f"{scaling_name}: expected None without {theta_name} (no rotation to scale)"
             )
         return
-    check_positive_number("rope_theta", theta)
+    check_positive_number(theta_name, theta)
     if width % 2:
-        raise ValueError(f"rope_theta: expected an even head width to rotate, got {width}")
+        raise ValueError(f"{theta_name}: expected an even head width to rotate, got {width}")
     if scaling is None:
         return
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
-    check_choice("rope_scaling['rope_type']", kind, ROPE_TYPES)
-    wanted = {"default": set(), "linear": {"factor"}}.get(
-        str(kind),
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    )
+    check_choice(f"{scaling_name}['rope_type']", kind, ROPE_TYPES)
+    wanted = SCALING_KEYS[str(kind)]
     if set(scaling) != wanted | {"rope_type"}:
         raise ValueError(
-            f"rope_scaling: expected the keys {sorted(wanted | {'rope_type'})} for {kind!r}, got "
+            f"{scaling_name}: expected the keys {sorted(wanted | {'rope_type'})} for {kind!r}, got "
             f"{sorted(scaling)}"
         )
     for name in wanted:
-        check_positive_number(f"rope_scaling[{name!r}]", scaling[name])
+        check_positive_number(f"{scaling_name}[{name!r}]", scaling[name])

@@ -58,7 +58,7 @@ def _real_tokens_first(
     """The tail and then the tokens, real ones first; and their order, if it is not T's own."""
     B, _, width = x_BTD.shape
     order = None
-    if pads is not None:
+    if pads is not None and x_BTD.shape[1] > 1:
         order = pads.to(torch.int8).argsort(dim=1, stable=True)
         x_BTD = x_BTD.gather(1, order[..., None].expand_as(x_BTD))
     if tail is None:

@@ -18,12 +18,14 @@ class TokenLayout:
     pads: bool [B, T], True at padding; None if there is none.
     cu_seqlens: [S+1], for sequences packed in one row; None otherwise.
     documents: int64 [T], the index of each packed token's sequence; None unless packed.
+    consecutive: whether positions are known to count columns, one by one within each sequence.
     """
 
     positions: Tensor
     pads: Tensor | None = None
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
+    consecutive: bool = False
 
     @staticmethod
     def of_rows(
@@ -37,7 +39,8 @@ class TokenLayout:
             attention_mask: [B, past+T], or [B, T] if past is 0; 0 at padding, anywhere.
         """
         if attention_mask is None:
-            return TokenLayout(torch.arange(past, past + tokens, device=device)[None])
+            positions = torch.arange(past, past + tokens, device=device)[None]
+            return TokenLayout(positions, consecutive=True)
         real = attention_mask.to(device=device, dtype=torch.bool)
         positions = (real.cumsum(1) - 1)[:, real.shape[1] - tokens :]
         pads = ~real[:, real.shape[1] - tokens :]
@@ -55,4 +58,6 @@ class TokenLayout:
         documents = sequence_of_token(bounds, tokens)
         start = bounds.long().index_select(0, documents)
         positions = torch.arange(tokens, device=device) - start
-        return TokenLayout(positions[None], cu_seqlens=bounds, documents=documents)
+        return TokenLayout(
+            positions[None], cu_seqlens=bounds, documents=documents, consecutive=True
+        )

@@ -82,6 +82,7 @@ class GSAConfig(PreTrainedConfig):
     expand_k: float = 1
     expand_v: float = 1
     gate: str = "data_dependent"
+    gate_bias: bool = False
     gate_logit_normalizer: float = 8
     feature_map: str = "swish"
     value_activation: str = "swish"
@@ -96,6 +97,9 @@ class GSAConfig(PreTrainedConfig):
     output_norm: bool = True
     output_norm_eps: float | None = None
     output_gate: bool = False
+    window_branch: int | None = None
+    window_rope_theta: float | None = None
+    window_rope_scaling: dict | None = None
     elementwise_affine: bool = True
     norm_eps: float = 1e-6
     hidden_ratio: float | None = 4

@@ -61,7 +61,7 @@ class TokenFlops:
     memory: int
     """Reads and writes of the slot memories."""
     attention: float
-    """q kᵀ and weights · v of softmax layers, over the tokens that each token sees."""
+    """q kᵀ and weights · v of softmax layers and window branches, over the tokens in sight."""
 
     @property
     def forward(self) -> float:
@@ -108,16 +108,13 @@ def flops_per_token(config: GSAConfig, tokens: int) -> TokenFlops:
     D = config.hidden_size
     layers = list(_layers(config))
     slots = [one for one in layers if isinstance(one, SlotAttentionOptions)]
-    softmax = [one for one in layers if isinstance(one, SoftmaxAttentionOptions)]
     products = sum(map(_projections, layers)) + sum(map(_feature_products, slots))
     return TokenFlops(
         projections=2 * products,
         mlp=config.num_hidden_layers * 2 * 3 * D * config.mlp_width,
         head=2 * D * config.vocab_size,
         memory=sum(map(memory_flops, slots)),
-        attention=sum(
-            4 * one.num_heads * one.width * mean_visible(tokens, one.window_size) for one in softmax
-        ),
+        attention=sum(_attention_flops(one, tokens) for one in layers),
     )
 
 
@@ -248,7 +245,19 @@ def _projections(options: Options) -> int:
     K, V, M = options.key_width, options.value_width, options.slots
     gate = 0 if options.gate == "data_independent" else D * G * M
     output_gate = D * H * V if options.output_gate else 0
-    return D * (H + G) * (K + V) + gate + output_gate
+    share = 0 if options.window_branch is None else D * H
+    return D * (H + G) * (K + V) + gate + output_gate + share
+
+
+def _attention_flops(options: Options, tokens: int) -> float:
+    """q kᵀ and weights · v per token."""
+    if isinstance(options, SoftmaxAttentionOptions):
+        widths, window = 2 * options.width, options.window_size
+    elif options.window_branch is None:
+        return 0.0
+    else:
+        widths, window = options.key_width + options.value_width, options.window_branch
+    return 2 * options.num_heads * widths * mean_visible(tokens, window)
 
 
 def _feature_products(options: SlotAttentionOptions) -> int:
@@ -270,6 +279,8 @@ def _small_parameters(options: Options) -> int:
         own += options.conv_size * _qkv_width(options) if options.use_short_conv else 0
         own += K * K if options.feature_map == "t2r" else 0
         own += H * V if options.output_norm and options.elementwise_affine else 0
+        own += G * options.slots if options.gate_bias else 0
+        own += 0 if options.window_branch is None else H
     biases = H * K + G * (K + V) if options.qkv_bias else 0
     return own + biases + (2 * K if options.qk_norm else 0)
 
@@ -290,4 +301,6 @@ def _state_bytes(options: Options, tokens: int, dtype: torch.dtype) -> int:
     if options.gate in ("abc", "abc_printed"):
         numbers += G * M
     tails = (options.conv_size - 1) * _qkv_width(options) if options.use_short_conv else 0
-    return numbers * compute_dtype(dtype).itemsize + tails * dtype.itemsize
+    kept = 0 if options.window_branch is None else min(tokens, options.window_branch - 1)
+    in_sight = kept * (G * X * dtype.itemsize + torch.int64.itemsize)
+    return numbers * compute_dtype(dtype).itemsize + tails * dtype.itemsize + in_sight

@@ -1,5 +1,6 @@
 """The loss of next tokens, with logits or without ever holding them all."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -65,28 +66,59 @@ def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, targets_N: Tensor) 
         head_WD: the head's weight, of W words.
         targets_N: int64; -100 is left out.
     """
+    measure = _compiled(_errors) if hidden_ND.is_cuda else _errors
+    return _linear_loss(hidden_ND, head_WD, lambda logits, part: measure(logits, targets_N[part]))
+
+
+def linear_kl(
+    hidden_ND: Tensor,
+    head_WD: Tensor,
+    teacher_NE: Tensor,
+    teacher_head_WE: Tensor,
+    counts_N: Tensor,
+) -> Tensor:
+    """Σ over tokens of KL(p ‖ q), in nats: p the teacher's softmax, q that of hidden · headᵀ.
+
+    Neither's logits are ever all there: as in `linear_cross_entropy`. The teacher gets no gradient.
+
+    Args:
+        teacher_NE, teacher_head_WE: the teacher's tokens and head, of width E and W words.
+        counts_N: bool; what is false is left out.
+    """
+    measure = _compiled(_divergences) if hidden_ND.is_cuda else _divergences
+    teacher, teacher_head = teacher_NE.detach(), teacher_head_WE.detach()
+
+    def measured(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return measure(logits, teacher[part] @ teacher_head.mT, counts_N[part])
+
+    return _linear_loss(hidden_ND, head_WD, measured)
+
+
+Measure = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(logits of some tokens, which) → (their summed loss, its gradient by the logits)."""
+
+
+def _linear_loss(hidden_ND: Tensor, head_WD: Tensor, measure: Measure) -> Tensor:
     device = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     # Asked here: inside, gradients are off, and a tensor that could have one says so even if not.
     wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or head_WD.requires_grad)
     with torch.autocast(device, enabled=False):
         dtype = dtype or hidden_ND.dtype
-        factors = hidden_ND.to(dtype), head_WD.to(dtype)
-        return _LinearCrossEntropy.apply(*factors, targets_N, wanted)  # pyright: ignore
+        return _LinearLoss.apply(hidden_ND.to(dtype), head_WD.to(dtype), measure, wanted)  # pyright: ignore
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, wanted: bool) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, measure: Measure, wanted: bool) -> Tensor:
         sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = hidden.new_zeros((), dtype=sums)
         d_hidden = torch.empty_like(hidden) if wanted else None
         d_head = torch.zeros_like(head, dtype=sums) if wanted else None
         chunk = max(1, CHUNK_LOGITS // head.shape[0])
-        measure = _compiled_errors() if hidden.is_cuda else _errors
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
-            loss, errors = measure(hidden[part] @ head.mT, targets[part])
+            loss, errors = measure(hidden[part] @ head.mT, part)
             total += loss
             if d_hidden is not None and d_head is not None:
                 torch.mm(errors, head, out=d_hidden[part])
@@ -112,10 +144,20 @@ def _errors(logits_NW: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     return loss, errors.to(logits_NW.dtype)
 
 
+def _divergences(logits_NW: Tensor, teacher_NW: Tensor, counts_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(summed KL of the teacher from the student, its gradient by the student's logits)."""
+    sums = torch.float64 if logits_NW.dtype == torch.float64 else torch.float32
+    log_q = torch.log_softmax(logits_NW.to(sums), 1)
+    log_p = torch.log_softmax(teacher_NW.to(sums), 1)
+    p = log_p.exp()
+    loss = ((p * (log_p - log_q)).sum(1) * counts_N).sum()
+    return loss, ((log_q.exp() - p) * counts_N[:, None]).to(logits_NW.dtype)
+
+
 @cache
-def _compiled_errors() -> Any:
-    """`_errors` in two passes over the logits, where the plain form takes a dozen."""
-    return torch.compile(_errors, dynamic=True)
+def _compiled(measure: Any) -> Any:
+    """The same in two passes over the logits, where the plain form takes a dozen."""
+    return torch.compile(measure, dynamic=True)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,11 @@ class TrainConfig:
     """Shard folder of held-out text; empty for none."""
     model: dict[str, Any] = field(default_factory=dict)
     """Keys of GSAConfig; vocab_size and eos_token_id come from the shards unless given."""
+    init: str = ""
+    """Model folder to take weights and config from; empty for random weights and `model`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Factors on lr by a part of parameters' names; the longest that fits counts, 1 if none does. A
+    factor of 0 leaves parameters as they are."""
     seq_len: int = 1024
     """Tokens per row; the memory starts empty at each row and each document."""
     rows: int = 8
@@ -120,11 +125,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("name", "data", "out", "device"):
             _require(name, getattr(self, name), "a non-empty string", _is_text)
-        for name in ("validation", "prompt"):
+        for name in ("validation", "prompt", "init"):
             _require(name, getattr(self, name), "a string", lambda value: isinstance(value, str))
         is_model = isinstance(self.model, dict) and all(isinstance(key, str) for key in self.model)
         if not is_model:
             raise ValueError(f"model: expected a dict of GSAConfig keys, got {self.model!r}")
+        for part, factor in self.rates.items():
+            _require(f"rates[{part!r}]", factor, "a finite number ≥ 0", _is_finite, least=0)
         for name in _AT_LEAST_ONE:
             _require(name, getattr(self, name), "an integer of at least 1", _is_int, least=1)
         for name in _AT_LEAST_ZERO:
@@ -150,6 +157,10 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.lean and not self.compile:
             raise ValueError("lean: expected false without compile, which is what it is about")
+        if self.init and self.model:
+            raise ValueError(
+                f"model: expected no keys with init (its folder has a config), got {self.model!r}"
+            )
         for name in ("data", "validation"):
             if getattr(self, name).startswith("hf:"):
                 raise ValueError(_no_stream(name, getattr(self, name)))

@@ -42,7 +42,7 @@ class Optimizers:
     def step(self, lr: float) -> None:
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["rate"]
             member.step()
 
     def zero_grad(self) -> None:
@@ -72,20 +72,34 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
         hidden = {n: p for n, p in decayed.items() if head is None or p is not head.weight}
         decayed = {name: p for name, p in decayed.items() if name not in hidden}
         muon = torch.optim.Muon(
-            list(hidden.values()),
+            _groups(hidden, config, config.weight_decay),
             lr=config.lr,
-            weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
         members.append(muon)
-    groups = [
-        {"params": list(decayed.values()), "weight_decay": config.weight_decay},
-        {"params": list(others.values()), "weight_decay": 0.0},
-    ]
+    groups = _groups(decayed, config, config.weight_decay) + _groups(others, config, 0.0)
     betas = (config.beta1, config.beta2)
-    groups = [group for group in groups if group["params"]]
     members.append(torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True))
     return Optimizers(members)
+
+
+def rate_of(parameter: str, config: TrainConfig) -> float:
+    """The factor on lr for the parameter of that name; 0 freezes it."""
+    fitting = [part for part in config.rates if part in parameter]
+    return config.rates[max(fitting, key=len)] if fitting else 1.0
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], config: TrainConfig, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Groups of equal `rate_of`."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        by_rate.setdefault(rate_of(name, config), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay, "rate": rate}
+        for rate, members in by_rate.items()
+    ]
 
 
 def flat_state(model: nn.Module, optimizer: Optimizers) -> dict[str, Tensor]:

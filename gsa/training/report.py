@@ -129,7 +129,8 @@ def report_text(
     rows += list(versions().items())
     parts = [
         f"# {config.name}",
-        "A Gated Slot Attention language model, trained from random weights.",
+        "A Gated Slot Attention language model, trained from "
+        + (f"the weights of {config.init}." if config.init else "random weights."),
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
         f"![loss over {unit}s seen]({CURVE})",
     ]

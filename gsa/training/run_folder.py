@@ -14,7 +14,9 @@ from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, write_json
 from gsa.training.lock import LOCK
 from gsa.training.report import REPORT, versions
 
-_DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+_DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING} | {
+    f.name: f.default_factory() for f in fields(TrainConfig) if f.default_factory is not MISSING
+}
 
 
 def open_run_folder(out: str) -> Path:

@@ -1,5 +1,6 @@
 """What a run needs before it starts: the model and the device, or a clear error."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team
+from gsa.training.optimizer import rate_of
 
 
 def build_model_config(
@@ -24,6 +26,10 @@ def build_model_config(
             f"validation: {validation.folder} and {shards.folder} were made with different "
             "tokenizers; prepare both with the same"
         )
+    if config.init:
+        model_config = init_config(config.init)
+        shards.require_vocab_size(model_config.vocab_size)
+        return model_config
     tokenizer = shards.load_tokenizer()
     completed = {
         "vocab_size": shards.vocab_size,
@@ -35,6 +41,15 @@ def build_model_config(
     model_config = GSAConfig(**{**completed, **config.model})
     shards.require_vocab_size(model_config.vocab_size)
     return model_config
+
+
+def init_config(folder: str) -> GSAConfig:
+    """ValueError if the folder holds no model of ours."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"init: expected a model folder, got {folder}, without config.json")
+    found = GSAConfig.from_pretrained(folder)
+    assert isinstance(found, GSAConfig)
+    return found
 
 
 def pick_device(name: str, team: Team) -> torch.device:
@@ -66,9 +81,14 @@ def build_model(
 ) -> Any:
     """The model with its initial weights, the same for any number of processes, ready to train."""
     torch.manual_seed(config.seed)
-    model: Any = GSAForCausalLM(model_config)
-    if not config.master_weights:
-        model.to(torch.bfloat16)
+    model: Any
+    if config.init:
+        model = GSAForCausalLM.from_pretrained(config.init, config=model_config)
+    else:
+        model = GSAForCausalLM(model_config)
+    model.to(torch.float32 if config.master_weights else torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(rate_of(name, config) > 0)
     if team.mesh is None:
         model.to(device)
         if config.dtype == "bf16":

@@ -192,7 +192,10 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
         (["data", "cook"], "gsa data: expected 'prepare' or 'corpus', got 'cook'"),
-        (["bench"], "gsa bench: expected 'ops' or 'plot' or 'tune' or 'cost' or 'training', got"),
+        (
+            ["bench"],
+            "'tune' or 'cost' or 'training' or 'decode', got nothing",
+        ),
         (["bench", "plot", "/no/result.json"], "/no/result.json"),
         (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),
     ],
@@ -238,7 +241,9 @@ def test_help_shows_each_field_with_the_recipe_s_value(capsys):
     assert "--model.num_slots 8" in output
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "tiny", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "tiny", "-h"], ["chat", "-h"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     program = (
         "import sys\nfrom gsa.cli import main\n"

@@ -3,66 +3,51 @@ import shutil
 import pytest
 import torch
 
-from gsa.data import save_byte_tokenizer
-from gsa.generation import GenerateConfig
-from gsa.generation.text import TextStream, generate_text, generate_tokens, load, pick_token
-from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.generation import Decoder, GenerateConfig, ModelState
+from gsa.generation.text import TextStream, generate_text, load
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random byte-level model with its tokenizer."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = GSAConfig(
-        vocab_size=258, hidden_size=32, num_hidden_layers=2, num_heads=2, num_slots=8,
-        intermediate_size=64, initializer_range=0.3, bos_token_id=None, eos_token_id=256,
-    )  # fmt: skip
-    GSAForCausalLM(config).save_pretrained(path)
-    save_byte_tokenizer(path)
-    return path
+def config(folder, **options):
+    return GenerateConfig(**{"model": str(folder), "prompt": "The slot", "greedy": True} | options)
 
 
 def test_greedy_is_transformers_generate(folder):
     model, tokenizer = load(folder)
-    prompt = tokenizer("The slot").input_ids
-    config = GenerateConfig(model=str(folder), prompt="The slot", max_new_tokens=60, greedy=True)
-    ours = list(generate_tokens(model, prompt, config))
-    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)
-    assert ours == theirs[0, len(prompt) :].tolist()
-    assert "".join(generate_text(config)) == tokenizer.decode(ours)
+    prompt = tokenizer("The slot", return_tensors="pt").input_ids
+    theirs = model.generate(prompt, max_new_tokens=60, do_sample=False)
+    text = tokenizer.decode(theirs[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert "".join(generate_text(config(folder, max_new_tokens=60))) == text
 
 
-def test_the_end_of_document_stops(folder):
+def test_the_end_of_document_is_no_text(folder, tmp_path):
+    """The model's own end token, wherever it comes: the text stops before it."""
     model, tokenizer = load(folder)
-    prompt = tokenizer("The slot").input_ids
-    config = GenerateConfig(model=str(folder), prompt="x", max_new_tokens=20, greedy=True)
-    tokens = list(generate_tokens(model, prompt, config))
-    end = tokens[7]
+    prompt = tokenizer("The slot", return_tensors="pt").input_ids
+    tokens = model.generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+    end = int(tokens[7])
     model.generation_config.eos_token_id = [3, end]
-    assert list(generate_tokens(model, prompt, config)) == tokens[: tokens.index(end)]
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = tokens.tolist().index(end)
+    text = "".join(generate_text(config(tmp_path, max_new_tokens=20)))
+    assert text == tokenizer.decode(tokens[:before])
 
 
-def picks(probs, count=4000, **options):
-    config = GenerateConfig(model="m", prompt="p", **{"temperature": 1.0, **options})
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor(probs).log()
-    drawn = [int(pick_token(logits, config, generator)) for _ in range(count)]
-    return [drawn.count(i) / count for i in range(len(probs))]
+def test_dtype_is_that_of_the_weights_unless_asked_otherwise(folder):
+    assert load(folder)[0].dtype == torch.float32
+    assert load(folder, "bf16")[0].dtype == torch.bfloat16
+    assert len("".join(generate_text(config(folder, dtype="bf16", max_new_tokens=5)))) > 0
 
 
-def test_sampling_follows_the_probabilities():
-    assert picks([0.5, 0.3, 0.2]) == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
-    assert picks([0.5, 0.3, 0.2], temperature=0.5) == pytest.approx(
-        [0.25 / 0.38, 0.09 / 0.38, 0.04 / 0.38], abs=0.03
-    )
-
-
-def test_top_k_and_top_p_cut_the_tail():
-    assert picks([0.2, 0.5, 0.3], top_k=2) == pytest.approx([0.0, 0.625, 0.375], abs=0.03)
-    assert picks([0.2, 0.5, 0.3], top_p=0.6) == pytest.approx([0.0, 0.625, 0.375], abs=0.03)
-    assert picks([0.2, 0.5, 0.3], top_p=0.4, count=50) == [0.0, 1.0, 0.0]
-    assert picks([0.2, 0.5, 0.3], top_k=1, count=50) == [0.0, 1.0, 0.0]
+def test_a_prompt_after_a_state_is_the_whole_text(folder, tmp_path):
+    model, tokenizer = load(folder)
+    decoder = Decoder(model)
+    decoder.prefill(tokenizer("The slot").input_ids).save(tmp_path / "slot.safetensors")
+    at = str(tmp_path / "slot.safetensors")
+    for prompt in ("", " forgets"):
+        whole = "".join(generate_text(config(folder, prompt="The slot" + prompt)))
+        assert "".join(generate_text(config(folder, prompt=prompt, state=at))) == whole
+    assert ModelState.load(at).tokens == 8
 
 
 def test_characters_come_whole(folder):
@@ -125,8 +110,11 @@ def test_an_empty_prompt_is_refused(folder):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("model", "")],
-)
+    [
+        ("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("model", ""),
+        ("repetition_penalty", 0.0), ("seed", 2**63),
+    ],
+)  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         GenerateConfig(**{"model": "m", "prompt": "p", field: value})

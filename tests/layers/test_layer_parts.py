@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from gsa.layers import RMSNorm, SoftmaxAttention, SwiGLU, TokenLayout
 from gsa.layers.feature_map import FeatureMap
+from gsa.layers.in_sight import attend
 from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.layers.projections import is_plain, project_normed_together, project_together
 from gsa.layers.rope import rope_frequencies, rotate
@@ -277,3 +279,35 @@ def test_a_window_keeps_a_bounded_number_of_keys_and_can_be_replayed():
 def test_softmax_options_refuse_contradictions(options, message):
     with pytest.raises(ValueError, match=message):
         attention(**options)
+
+
+@pytest.mark.parametrize("tokens", [7, 9, 12, 13])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_in_blocks_is_attention_under_a_mask(tokens, window, packed):
+    """Long rows go by blocks, with the same outputs, gradients and state."""
+    rows = 1 if packed else 2
+    torch.manual_seed(0)
+    shapes = ((rows, tokens, 4, 6), (rows, tokens, 2, 6), (rows, tokens, 2, 5))
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    layout = TokenLayout.of_rows(tokens, torch.device("cpu"))
+    if packed:
+        bounds = torch.tensor([0, 2, 2, 6, tokens])
+        layout = TokenLayout.of_packed(tokens, torch.device("cpu"), bounds)
+    assert layout.consecutive
+    found = attend(*given, layout, None, window)
+    masked = attend(*given, replace(layout, consecutive=False), None, window)
+    torch.testing.assert_close(found[0], masked[0], rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(found[1][name], masked[1][name]) for name in masked[1])
+    d = torch.randn_like(found[0])
+    for a, b in zip(*(torch.autograd.grad(x[0], given, d) for x in (found, masked)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_given_by_hand_are_not_taken_for_columns():
+    """A window is one of positions: where they repeat, more tokens than columns are in sight."""
+    layout = TokenLayout(torch.zeros(1, 9, dtype=torch.int64))
+    q, k, v = (torch.randn(1, 9, 1, 4) for _ in range(3))
+    everything = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    output, _, _ = attend(q, k, v, layout, None, 2)
+    torch.testing.assert_close(output, everything.transpose(1, 2))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gsa.layers import GatedSlotAttention, TokenLayout
-from gsa.layers.options import SlotAttentionOptions
+from gsa.layers import GatedSlotAttention, SoftmaxAttention, TokenLayout
+from gsa.layers.options import SlotAttentionOptions, SoftmaxAttentionOptions
 from gsa.layers.slot_attention import replay_slots
 
 SIZES = dict(hidden_size=12, num_heads=4, num_kv_heads=2, num_slots=5)
@@ -176,3 +176,35 @@ def test_impl_chooses_the_operator(impl):
     layer.impl = "nonsense"
     with pytest.raises(ValueError, match="impl"):
         layer(x)
+
+
+def test_the_window_branch_is_softmax_attention_in_a_learned_share():
+    """Both branches on their own are layers that exist; between them each head has its share."""
+    sizes = SIZES | dict(head_dim=4)
+    layer, x = build(head_dim=4, window_branch=3, window_rope_theta=50.0), draw()
+    softmax = SoftmaxAttention(
+        SoftmaxAttentionOptions(
+            hidden_size=12, num_heads=4, num_kv_heads=2, head_dim=4, window_size=3, rope_theta=50.0
+        )
+    ).double()
+    slots = GatedSlotAttention(SlotAttentionOptions(**sizes)).double()
+    softmax.load_state_dict(layer.state_dict(), strict=False)
+    slots.load_state_dict(layer.state_dict(), strict=False)
+    exact = dict(rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        layer.window_share = 1.0
+        torch.testing.assert_close(layer(x).output, softmax(x).output, **exact)
+        layer.window_share = 0.0
+        torch.testing.assert_close(layer(x).output, slots(x).output, **exact)
+        layer.window_share = None
+        share = torch.sigmoid(layer.share_proj(x)).repeat_interleave(4, -1)
+        for branch in (softmax, slots):
+            branch.o_proj = torch.nn.Identity()
+        mixed = share * softmax(x).output + (1 - share) * slots(x).output
+        torch.testing.assert_close(layer(x).output, layer.o_proj(mixed), **exact)
+
+
+def test_a_gate_with_a_bias_is_shifted_by_it():
+    layer, x = build(gate_bias=True), draw()
+    logits = (x @ layer.f_proj.weight.T + layer.f_proj.bias).unflatten(-1, (2, 5))
+    torch.testing.assert_close(layer(x).step["log_forget"], F.logsigmoid(logits) / 8)

@@ -1,40 +1,8 @@
-"""Tiny models, one per way of remembering, in fp64 so that equal means equal."""
+"""Tiny models, one per way of remembering (`tests/tiny_models.py`), as fixtures."""
 
 import pytest
 import torch
-
-from gsa.model import GSAConfig, GSAForCausalLM
-
-VARIANTS = {
-    "paper": {},
-    "converted": {
-        "num_kv_heads": 2,
-        "rope_theta": 100.0,
-        "qk_norm": True,
-        "qkv_bias": True,
-        "output_gate": True,
-        "head_dim": 6,
-    },
-    "convolution": {"use_short_conv": True, "num_kv_heads": 1},
-    "abc": {"gate": "abc"},
-    "abc_printed": {"gate": "abc_printed"},
-    "static_gate": {"gate": "data_independent"},
-    "hybrid": {"attn": {"layers": [1], "num_heads": 2, "num_kv_heads": 1}},
-    "window": {
-        "attn": [{"layers": [0], "num_heads": 2, "window_size": 4, "rope_theta": 50.0}],
-        "gate": "abc",
-        "use_short_conv": True,
-        "conv_size": 3,
-    },
-}
-
-
-def build_tiny(seed=0, **changes):
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_heads=4, num_slots=5)
-    rest = dict(intermediate_size=24, initializer_range=0.4, eos_token_id=None, pad_token_id=0)
-    config = GSAConfig(**(sizes | rest | changes))
-    return GSAForCausalLM(config).double().eval()
+from tiny_models import VARIANTS, build_tiny
 
 
 @pytest.fixture(params=VARIANTS)

@@ -47,6 +47,8 @@ def test_size_does_not_depend_on_length(model, token_ids):
         numbers = options.slots * (options.key_width + options.value_width) * options.kv_heads
         tails = 3 * (options.num_heads + 2 * options.kv_heads) * options.key_width
         tails = tails if options.use_short_conv else 0
+        if options.window_branch is not None:  # keys, values and a position of each token in sight
+            tails = (options.window_branch - 1) * (options.kv_heads * 2 * options.key_width + 1)
         assert sizes[0] == 2 * 2 * 8 * (numbers + tails)
 
 

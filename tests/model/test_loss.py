@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.model import loss as losses
-from gsa.model.loss import IGNORE, linear_cross_entropy
+from gsa.model.loss import IGNORE, linear_cross_entropy, linear_kl
 
 
 def problem(N=37, D=8, W=50, dtype=torch.float64):
@@ -34,6 +34,29 @@ def test_equals_the_plain_loss_in_any_chunks(tokens, monkeypatch):
     x = problem()
     for found, expected in zip(results(linear_cross_entropy, *x), results(plain, *x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_divergence_from_a_teacher_in_any_chunks(tokens, dtype, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 50 * tokens)
+    hidden, head, targets = problem(dtype=dtype)
+    teacher, teacher_head = torch.randn(37, 6, dtype=dtype), torch.randn(50, 6, dtype=dtype)
+    counts = targets != IGNORE
+
+    def ours(hidden, head, _):
+        return linear_kl(hidden, head, teacher, teacher_head, counts)
+
+    def plain(hidden, head, _):
+        p, q = (teacher @ teacher_head.T).log_softmax(1), (hidden @ head.T).log_softmax(1)
+        return F.kl_div(q[counts], p[counts], reduction="sum", log_target=True)
+
+    eps = 64 * torch.finfo(dtype).eps
+    found, expected = (results(f, hidden, head, targets) for f in (ours, plain))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=eps, atol=eps)
+    alone = linear_kl(teacher, teacher_head, teacher, teacher_head, counts)
+    assert abs(alone.item()) < 37 * eps, "none from itself"
 
 
 def test_targets_that_are_all_left_out():

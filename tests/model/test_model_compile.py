@@ -10,8 +10,9 @@ import torch
         {},
         {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0},
         {"gate": "data_independent", "output_gate": True, "attn": {"layers": [0], "num_heads": 2}},
+        {"window_branch": 5, "window_rope_theta": 10.0, "gate_bias": True, "num_kv_heads": 2},
     ],
-    ids=["paper", "abc and convolution", "hybrid"],
+    ids=["paper", "abc and convolution", "hybrid", "window branch"],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):

@@ -7,6 +7,7 @@ import pytest
 import gsa.training
 from gsa.recipes import RECIPES
 from gsa.training.config import FREE_TO_CHANGE, TrainConfig
+from gsa.training.optimizer import rate_of
 from gsa.training.schedule import learning_rate
 
 BASE = TrainConfig(name="x", data="d", out="o", validation="v")
@@ -51,12 +52,26 @@ BASE = TrainConfig(name="x", data="d", out="o", validation="v")
         ("nan_limit", -1, "at least 0"),
         ("prompt", None, "a string"),
         ("device", "", "non-empty"),
+        ("init", None, "a string"),
+        ("rates", {"attn.": -1.0}, "≥ 0"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field, value, words):
     with pytest.raises(ValueError) as caught:
         replace(BASE, **{field: value})
-    assert str(caught.value).startswith(f"{field}:") and words in str(caught.value)
+    assert str(caught.value).startswith((f"{field}:", f"{field}[")) and words in str(caught.value)
+
+
+def test_init_brings_its_own_config():
+    with pytest.raises(ValueError, match="model: expected no keys with init"):
+        replace(BASE, init="runs/first", model={"num_heads": 2})
+
+
+def test_the_longest_part_of_a_name_decides_its_rate():
+    config = replace(BASE, rates={"": 0.5, "attn.": 1.0, "attn.f_proj": 2.0})
+    names = ("lm_head.weight", "model.layers.0.attn.q_proj.weight", "model.layers.0.attn.f_proj.w")
+    assert [rate_of(name, config) for name in names] == [0.5, 1.0, 2.0]
+    assert rate_of("anything", BASE) == 1.0
 
 
 def test_validating_needs_a_validation_folder():

@@ -327,3 +327,28 @@ def test_one_graph_serves_all_compiled_blocks(make_config, monkeypatch):
     assert counter.frame_count == 1
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_from_a_models_weights_at_rates_of_their_own(make_config, tmp_path, optimizer):
+    """Frozen parameters stay what they are, others move by their share of the rate."""
+    first = make_config(steps=4, out=str(tmp_path / "first"))
+    train(first)
+    asked = {"init": first.out, "rates": {"": 0.0, "attn.": 1.0, "mlp.up_proj": 0.1}}
+    on = replace(first, **asked, model={}, out=str(tmp_path / "on"), optimizer=optimizer, steps=6)
+    result = train(replace(on, lr=1e-5, min_lr=1e-6, weight_decay=0.0, warmup=0))
+    before, after = (load_file(Path(o) / "model.safetensors") for o in (first.out, on.out))
+    moved = {name: (after[name] - t).abs().max().item() for name, t in before.items()}
+    assert all((gap > 0) == (".attn." in name or "up_proj" in name) for name, gap in moved.items())
+    if optimizer == "adamw":  # Adam's first steps are as long as its rate
+        assert moved["model.layers.0.mlp.up_proj.weight"] < 0.2 * max(moved.values())
+    assert result.val_loss is not None
+    assert of_kind(on, "loss")[0][2] < of_kind(first, "loss")[0][2] - 0.1, "it goes on from there"
+    assert "trained from the weights of" in (Path(on.out) / "report.md").read_text()
+
+
+def test_a_start_that_is_no_model_is_named_before_anything_is_written(make_config, tmp_path):
+    config = replace(make_config(), init=str(tmp_path / "none"), model={})
+    with pytest.raises(ValueError, match=r"init: expected a model folder, got .*none"):
+        train(config)
+    assert not Path(config.out).exists()

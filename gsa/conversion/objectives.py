@@ -1,0 +1,149 @@
+"""What a student learns from its teacher: objectives for `gsa.training.train`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from gsa.data import Batch
+from gsa.layers import GatedSlotAttention, TokenLayout
+from gsa.model.loss import IGNORE, linear_kl, next_tokens
+
+Seen = Callable[[int, Tensor, Tensor], None]
+"""(layer, what its attention was given, what it gave), each [1, N, D]."""
+
+
+class FrozenTeacher:
+    """A pretrained Transformer that reads what its student reads; loaded when it is first asked.
+
+    folder: of the model. seq_len: tokens of a row. device, dtype: where and in what it computes.
+    """
+
+    def __init__(self, folder: str | Path, seq_len: int, device: str, dtype: torch.dtype):
+        self.folder, self.seq_len, self.device, self.dtype = folder, seq_len, device, dtype
+
+    @cached_property
+    def model(self) -> Any:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        return model.to(self.device).eval().requires_grad_(False)
+
+    @property
+    def head_WD(self) -> Tensor:
+        return self.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Its normed last hidden states [N, D], each document by itself."""
+        return torch.cat([self._read(*part) for part in self._parts(batch)])
+
+    @torch.no_grad()
+    def attention(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What each layer's attention is given and gives, both [1, N, D]."""
+        parts = []
+        for part in self._parts(batch):
+            with self._watched() as seen:
+                self._read(*part)
+            parts.append(seen)
+        layers = zip(*parts, strict=True)
+        return [tuple(torch.cat(both, 1) for both in zip(*one, strict=True)) for one in layers]  # pyright: ignore[reportReturnType]
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states of some rows, end to end."""
+        output = self.model.model(input_ids=ids, position_ids=positions, use_cache=False)
+        return output.last_hidden_state.flatten(0, 1)
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and positions of all whole rows, [rows, T], and of what is left, [1, rest].
+
+        transformers keeps documents of a row apart by positions that begin anew.
+        """
+        ids = batch.input_ids
+        positions = TokenLayout.of_packed(ids.shape[1], ids.device, batch.cu_seqlens).positions
+        whole = ids.shape[1] // self.seq_len * self.seq_len
+        for part, length in ((slice(0, whole), self.seq_len), (slice(whole, None), -1)):
+            if (found := ids[:, part]).numel():
+                length = found.shape[1] if length < 0 else length
+                yield found.view(-1, length), positions[:, part].view(-1, length)
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """What layers' attention is given and gives meanwhile, in order."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+            x = given["hidden_states"] if "hidden_states" in given else args[0]
+            seen.append((x.reshape(1, -1, x.shape[-1]), output[0].reshape(1, -1, x.shape[-1])))
+
+        hooks = [
+            layer.self_attn.register_forward_hook(note, with_kwargs=True)
+            for layer in self.model.model.layers
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Align:
+    """Each slot layer by itself gives what the teacher's attention gives for the same input.
+
+    The loss of a token is ‖student - teacher‖₂ / √D, the mean over slot layers; the teacher's
+    attention drives the residual stream, so that no layer's error reaches another.
+    """
+
+    def __init__(self, teacher: FrozenTeacher, *, compiled: bool = False):
+        self.teacher, self.compiled = teacher, compiled
+        self._mixers: list[Any] | None = None
+
+    def mixers(self, model: Any) -> list[Any]:
+        """Each layer's token mixer; compiled, if asked for, when it is first called."""
+        if self._mixers is None:
+            self._mixers = [block.attn for block in model.model.layers]
+            for mixer in self._mixers if self.compiled else ():
+                mixer.compile(fullgraph=True)
+        return self._mixers
+
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
+        counts = (next_tokens(batch.labels) != IGNORE)[0]
+        layout = TokenLayout.of_packed(
+            batch.input_ids.shape[1], batch.input_ids.device, batch.cu_seqlens
+        )
+        losses = []
+        pairs = zip(self.mixers(model), self.teacher.attention(batch), strict=True)
+        for mixer, (x, wanted) in pairs:
+            if isinstance(mixer, GatedSlotAttention):
+                gap = (mixer(x, layout).output - wanted)[0].float()
+                losses.append((gap.norm(dim=1) * counts).sum() / gap.shape[1] ** 0.5)
+        return torch.stack(losses).mean()
+
+
+class Kl:
+    """KL(teacher ‖ student) of each next token, in nats, at temperature 1."""
+
+    def __init__(self, teacher: FrozenTeacher):
+        self.teacher = teacher
+
+    def __call__(self, model: Any, batch: Batch) -> Tensor:
+        wanted = self.teacher.hidden(batch)
+        output = model(
+            input_ids=batch.input_ids,
+            cu_seqlens=batch.cu_seqlens,
+            output_hidden_states=True,
+            logits_to_keep=1,
+        )
+        counts = (next_tokens(batch.labels) != IGNORE)[0]
+        hidden = output.hidden_states[-1][0]
+        return linear_kl(hidden, model.lm_head.weight, wanted, self.teacher.head_WD, counts)

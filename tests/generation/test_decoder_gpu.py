@@ -1,0 +1,97 @@
+"""What only a GPU shows: the captured and the compiled step, and that nothing waits for a host."""
+
+import pytest
+import torch
+from tiny_models import VARIANTS, build_tiny
+
+from gsa.generation import Decoder, ModelState, Sampling
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+GREEDY = Sampling(greedy=True, max_new_tokens=20)
+CHOICES = [
+    GREEDY, Sampling(seed=3, max_new_tokens=20), Sampling(seed=4, top_k=5, max_new_tokens=9),
+    Sampling(greedy=True, repetition_penalty=2.0, max_new_tokens=15),
+    Sampling(seed=5, top_p=0.7, max_new_tokens=20), Sampling(seed=6, max_new_tokens=1),
+]  # fmt: skip
+
+
+def on_gpu(dtype=torch.float32, **variant):
+    return build_tiny(**variant).to(dtype).cuda()
+
+
+def wide(dtype=torch.bfloat16):
+    """Of sizes for which kernels take their fast paths."""
+    sizes = dict(hidden_size=256, num_heads=2, num_slots=64, intermediate_size=512, vocab_size=1000)
+    return on_gpu(dtype, **sizes)
+
+
+def test_greedy_is_transformers_generate(prompts):
+    for variant in VARIANTS.values():
+        model = on_gpu(**variant)
+        decoder = Decoder(model)
+        for prompt in prompts(3):
+            ids = torch.tensor([prompt], device="cuda")
+            mask = torch.ones_like(ids)
+            made = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+            text = list(decoder.write(decoder.prefill(prompt), GREEDY))
+            assert text == made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_the_graph_writes_what_the_step_writes(prompts, compile):
+    """A captured pool against the function run by hand, token by token, texts coming and going."""
+    model = on_gpu(**VARIANTS["converted"])
+    plain = Decoder(model, rows=3)
+    plain._on_cuda, plain.lag = False, 0
+    states = [plain.prefill(prompt) for prompt in prompts(6)]
+    expected = plain.write_all(states, CHOICES)
+    torch._dynamo.reset()
+    decoder = Decoder(model, rows=3, compile=compile)
+    assert decoder.write_all(states, CHOICES) == expected
+    assert len(decoder._graphs) > 1
+
+
+def test_a_row_is_the_same_wherever_it_stands_and_whoever_is_beside_it(prompts):
+    model = wide()
+    decoder = Decoder(model, rows=4)
+    states = [decoder.prefill(prompt) for prompt in prompts(6)]
+    there = decoder.write_all(states, CHOICES)
+    back = decoder.write_all(states[::-1], CHOICES[::-1])
+    assert there == back[::-1]
+    assert [list(decoder.write(s, c)) for s, c in zip(states, CHOICES, strict=True)] == there
+
+
+def test_the_step_never_waits_for_the_host(prompts):
+    decoder = Decoder(wide(), rows=2)
+    for prompt, sampling in zip(prompts(2), CHOICES[1:], strict=False):
+        decoder.start(decoder.prefill(prompt), sampling)
+    needs = CHOICES[1].needs | CHOICES[2].needs
+    decoder.step(needs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder.step(needs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_rows_at_rest_stay_as_they_are_to_the_bit(prompts):
+    decoder = Decoder(wide(), rows=2)
+    row = decoder.start(decoder.prefill(prompts(1)[0]), CHOICES[2])
+    while not decoder.idle:
+        decoder.advance()
+    before = decoder.take(row)
+    decoder.start(decoder.prefill(prompts(2)[1]), GREEDY)
+    while not decoder.idle:
+        decoder.advance()
+    after = decoder.take(row)
+    assert all(torch.equal(after.tensors[name], t) for name, t in before.tensors.items())
+
+
+def test_a_state_comes_back_from_its_file(prompts, tmp_path):
+    decoder = Decoder(wide())
+    state = decoder.prefill(prompts(1)[0] * 20)
+    text = list(decoder.write(state, CHOICES[1]))
+    state.save(tmp_path / "s.safetensors")
+    assert list(decoder.write(ModelState.load(tmp_path / "s.safetensors"), CHOICES[1])) == text
+    assert Decoder(wide()).fingerprint == decoder.fingerprint
+    assert Decoder(wide().cpu()).fingerprint == decoder.fingerprint

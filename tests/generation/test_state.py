@@ -1,0 +1,153 @@
+"""A state is a file: what goes on from it, in another process too, goes on as without it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tiny
+
+from gsa.generation import Decoder, ModelState, Sampling
+from gsa.generation.state import checksum, fingerprint
+from gsa.generation.text import load
+from gsa.model import GSAForCausalLM
+
+SAMPLING = Sampling(temperature=1.3, repetition_penalty=1.2, max_new_tokens=20, seed=5)
+
+CONTINUE = """
+import json, sys
+sys.path.insert(0, "tests")
+import torch
+from tiny_models import VARIANTS, build_tiny
+from gsa.generation import Decoder, ModelState, Sampling
+sampling = Sampling(temperature=1.3, repetition_penalty=1.2, max_new_tokens=20, seed=5)
+texts = {}
+for name, variant in VARIANTS.items():
+    decoder = Decoder(build_tiny(**variant))
+    state = ModelState.load(f"{sys.argv[1]}/{name}.safetensors")
+    texts[name] = list(decoder.write(state, sampling))
+print(json.dumps(texts))
+"""
+
+
+def test_prefill_save_load_in_another_process_continue(tmp_path, prompts):
+    from tiny_models import VARIANTS
+
+    expected = {}
+    for name, variant in VARIANTS.items():
+        decoder = Decoder(build_tiny(**variant))
+        state = decoder.prefill(prompts(9)[8] * 3)
+        state.save(tmp_path / f"{name}.safetensors")
+        expected[name] = list(decoder.write(state, SAMPLING))
+    command = [sys.executable, "-c", CONTINUE, str(tmp_path)]
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == expected
+    assert len({token for text in expected.values() for token in text}) > 10
+
+
+def test_a_state_holds_what_it_was(model, prompts, tmp_path):
+    decoder = Decoder(model)
+    for prompt in ([5], prompts(3)[2]):
+        state = decoder.prefill(prompt)
+        state.save(tmp_path / "deep" / "s.safetensors")
+        found = ModelState.load(tmp_path / "deep" / "s.safetensors")
+        assert (found.tokens, found.last) == (len(prompt), prompt[-1])
+        assert found.fingerprint == decoder.fingerprint
+        assert found.met.nonzero()[:, 0].tolist() == sorted(set(prompt))
+        assert found.tensors.keys() == state.tensors.keys()
+        for name, tensor in state.tensors.items():
+            assert torch.equal(found.tensors[name], tensor)
+        text = list(decoder.write(state, SAMPLING))
+        assert list(decoder.write(found, SAMPLING)) == text
+        assert [path.name for path in (tmp_path / "deep").iterdir()] == ["s.safetensors"]
+
+
+def test_a_fork_and_what_became_of_the_other(prompts):
+    decoder = Decoder(build_tiny())
+    state = decoder.prefill(prompts(1)[0])
+    text = list(decoder.write(state, SAMPLING))
+    fork = state.fork()
+    decoder.prefill([7, 8, 9], state)
+    longer = decoder.prefill([7, 8, 9], fork)
+    assert list(decoder.write(fork, SAMPLING)) == list(decoder.write(state, SAMPLING)) == text
+    assert longer.tokens == state.tokens + 3
+    whole = decoder.prefill([*prompts(1)[0], 7, 8, 9])
+    assert list(decoder.write(longer, SAMPLING)) == list(decoder.write(whole, SAMPLING))
+
+
+def test_its_size_does_not_depend_on_the_text(tmp_path):
+    decoder = Decoder(build_tiny(gate="abc", use_short_conv=True))
+    sizes = []
+    for tokens in (40, 1000):
+        decoder.prefill([3, 4, 5, 6] * (tokens // 4)).save(tmp_path / "s")
+        sizes.append((tmp_path / "s").stat().st_size)
+    assert abs(sizes[0] - sizes[1]) < 20  # digits of the count
+
+
+def test_a_state_of_another_model_is_refused(prompts):
+    prompt = prompts(1)[0]
+    state = Decoder(build_tiny()).prefill(prompt)
+    other = build_tiny()
+    with torch.no_grad():
+        other.model.layers[1].attn.f_proj.weight[3, 5] += 1e-9
+    for model in (other, build_tiny(scale=0.5), build_tiny().float(), build_tiny(seed=1)):
+        decoder = Decoder(model)
+        for use in (lambda d: d.start(state, SAMPLING), lambda d: d.prefill([3], state)):
+            with pytest.raises(ValueError, match="state: expected one of this model"):
+                use(decoder)
+    Decoder(build_tiny(max_position_embeddings=77)).prefill(prompt, state)
+
+
+def test_a_fingerprint_survives_saving(folder, tmp_path):
+    model, _ = load(folder)
+    model.save_pretrained(tmp_path)
+    again = GSAForCausalLM.from_pretrained(tmp_path)
+    assert fingerprint(again) == fingerprint(model) != fingerprint(build_tiny())
+
+
+def test_a_checksum_sees_every_bit_and_the_order():
+    values = torch.arange(1003, dtype=torch.float32)
+    sums = {checksum(values), checksum(values.flip(0)), checksum(values[:1002])}
+    for place in (0, 500, 1001, 1002):
+        changed = values.clone()
+        changed.view(torch.int32)[place] ^= 1
+        sums.add(checksum(changed))
+    assert len(sums) == 7
+    padded = torch.cat([values[:1], values])[1:]  # begins in the middle of eight bytes
+    assert checksum(padded) == checksum(values)
+    assert checksum(torch.zeros(0)) == 0
+
+
+def test_files_that_are_no_state_are_explained(tmp_path, prompts):
+    decoder = Decoder(build_tiny())
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file; gsa prefill writes one"):
+        ModelState.load(path)
+    save_file({"x": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"expected a model's state .* 'another safetensors"):
+        ModelState.load(path)
+    state = decoder.prefill(prompts(3)[2])
+    state.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read .* damaged"):
+        ModelState.load(path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    metadata = {"format": "gated-slots state 1", "model": state.fingerprint, "tokens": "9"}
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="not a whole state"):
+        ModelState.load(path)
+    metadata |= {"last": "3", "words": "40"}
+    tensors["layers.0.memory"] = tensors["layers.0.memory"][:, :2].contiguous()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"expected layers\.0\.memory of shape \[1, 4, 5, 8\]"):
+        decoder.start(ModelState.load(path), SAMPLING)
+    tensors = dict(state.tensors) | {"layers.7.memory": torch.ones(1), "met": torch.tensor([1])}
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"expected no tensor 'layers\.7\.memory'"):
+        decoder.start(ModelState.load(path), SAMPLING)
