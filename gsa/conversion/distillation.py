@@ -66,7 +66,7 @@ class DistillConfig:
     checkpoint_interval: int = 200
     """Steps between checkpoints."""
     validation_interval: int = 0
-    """Steps between values of a stage's own loss on held-out text; 0 for one at its end."""
+    """Steps between values of a stage's own loss on held-out text; 0 for none."""
     held_out_tokens: int = 1_000_000
     """Of the held-out text, how much both read at the end."""
     prompt: str = ""
@@ -106,7 +106,7 @@ class DistillConfig:
             name=f"{stage.objective}, stage {number} of {Path(self.out).name}",
             data=self.data,
             out=str(Path(self.out) / f"{number}-{stage.objective}"),
-            validation=self.validation,
+            validation=self.validation if self.validation_interval else "",
             init=start,
             rates=stage.rates,
             seq_len=self.seq_len,
@@ -122,7 +122,7 @@ class DistillConfig:
             lean=self.compile,
             seed=self.seed + number,
             checkpoint_interval=self.checkpoint_interval,
-            validation_interval=self.validation_interval if self.validation else 0,
+            validation_interval=self.validation_interval,
             prompt=self.prompt if number == len(self.plan()) else "",
             device=self.device,
         )
