@@ -14,13 +14,14 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def field_docs(config_class: type) -> dict[str, str]:
-    """The docstring line under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(config_class).lstrip()).body[0].body  # type: ignore
+    """The docstring line under each field of a dataclass, or of what it inherits from."""
     docs = {}
-    for node, after in itertools.pairwise(body):
-        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
-            docs[node.target.id] = str(after.value.value)  # type: ignore
+    for kind in reversed(config_class.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(kind).lstrip()).body[0].body  # type: ignore
+        for node, after in itertools.pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and is_text:
+                docs[node.target.id] = str(after.value.value)  # type: ignore
     return docs
 
 

@@ -13,13 +13,13 @@ from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.decoders import NAMES, Contender, clocked, contender
 from gsa.benchmark.device import bench_device
 from gsa.benchmark.environment import environment
+from gsa.benchmark.language_models import Recipes, recipe_keys
 from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
 
 GIB = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Recipes = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,7 @@ class BenchDecodeConfig:
 
     def model(self, recipes: Recipes) -> GSAConfig:
         """ValueError if there is no recipe of that name."""
-        if self.size not in recipes:
-            raise ValueError(f"size: expected {', '.join(recipes)}, got {self.size!r}")
-        keys: dict[str, Any] = dict(recipes[self.size]) | {"vocab_size": self.vocab_size}
-        keys |= {"num_hidden_layers": self.layers} if self.layers else {}
+        keys = recipe_keys(recipes, self.size, self.vocab_size, self.layers)
         longest = max(self.prefix + max(*self.lengths, self.batch_tokens), *self.prefills)
         keys |= {"max_position_embeddings": longest + 64}
         return GSAConfig(**keys)

@@ -62,6 +62,13 @@ def random_tokens(model: Any, rows: int, tokens: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
 
 
+@torch.no_grad()
+def read_row(model: Any, tokens: int) -> None:
+    """One row of random tokens, into a cache that is thrown away."""
+    ids = random_tokens(model, 1, tokens).to(next(model.parameters()).device)
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
 class Ours:
     """`gsa.generation.Decoder`; every row goes on from one prefix, read once."""
 
@@ -97,7 +104,7 @@ class Ours:
         self._of(1).prefill(random_tokens(self.model, 1, tokens)[0])
 
     def end(self) -> None:
-        pass  # the step as compiled and captured serves the next case of as many rows
+        """Nothing: the step as compiled and captured serves the next case of as many rows."""
 
 
 class Transformer:
@@ -151,11 +158,8 @@ class Transformer:
         for _ in range(tokens):
             self._step()
 
-    @torch.no_grad()
     def prefill(self, tokens: int) -> None:
-        device = next(self.model.parameters()).device
-        ids = random_tokens(self.model, 1, tokens).to(device)
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        read_row(self.model, tokens)
 
     def end(self) -> None:
         self._step = None
@@ -184,11 +188,8 @@ class Fla:
             self._ids, do_sample=False, use_cache=True, **options
         )
 
-    @torch.no_grad()
     def prefill(self, tokens: int) -> None:
-        device = next(self.model.parameters()).device
-        ids = random_tokens(self.model, 1, tokens).to(device)
-        self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        read_row(self.model, tokens)
 
     def end(self) -> None:
         self._ids = None

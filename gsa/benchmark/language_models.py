@@ -1,7 +1,7 @@
 """Language models of equal size that are trained beside each other, each with its loss."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,18 @@ from gsa.model.loss import IGNORE, next_token_loss_of_hidden
 NAMES = ("gsa", "transformer++", "fla")
 HEAD_WIDTH = 128
 """Of the Transformer's heads: what FlashAttention is fastest at."""
+
+
+Recipes = Mapping[str, Mapping[str, Any]]
+"""Keys of GSAConfig by the name of a recipe."""
+
+
+def recipe_keys(recipes: Recipes, size: str, vocab_size: int, layers: int) -> dict[str, Any]:
+    """Keys of a recipe's model with so many words and, unless 0, layers; ValueError if unknown."""
+    if size not in recipes:
+        raise ValueError(f"size: expected {', '.join(recipes)}, got {size!r}")
+    keys = dict(recipes[size]) | {"vocab_size": vocab_size}
+    return keys | ({"num_hidden_layers": layers} if layers else {})
 
 
 @dataclass(frozen=True, kw_only=True)

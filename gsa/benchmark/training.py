@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.device import bench_device
 from gsa.benchmark.environment import environment
-from gsa.benchmark.language_models import NAMES, Rival, rival
+from gsa.benchmark.language_models import NAMES, Recipes, Rival, recipe_keys, rival
 from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
@@ -23,7 +23,6 @@ from gsa.training.config import TrainConfig
 from gsa.training.optimizer import Optimizers, build_optimizer
 
 GIB = 1 << 30
-Recipes = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +75,7 @@ class BenchTrainingConfig:
 
     def model(self, recipes: Recipes) -> GSAConfig:
         """ValueError if there is no recipe of that name."""
-        if self.size not in recipes:
-            raise ValueError(f"size: expected {', '.join(recipes)}, got {self.size!r}")
-        keys: dict[str, Any] = dict(recipes[self.size]) | {"vocab_size": self.vocab_size}
-        keys |= {"num_hidden_layers": self.layers} if self.layers else {}
+        keys = recipe_keys(recipes, self.size, self.vocab_size, self.layers)
         return GSAConfig(**keys)
 
 

@@ -19,6 +19,7 @@ from gsa.conversion.objectives import Align, FrozenTeacher, Kl
 from gsa.conversion.recovery import Recovery, recovery
 from gsa.conversion.stages import PRESETS, Preset, Stage, parse_stage, planned
 from gsa.data import TokenShards, open_rows
+from gsa.layers.options import SlotAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import RunError, TrainConfig, train
 from gsa.training.files import write_json, write_text
@@ -27,7 +28,8 @@ from gsa.training.objective import Objective, next_token
 SETTINGS = "distill.json"
 RECOVERY = "recovery.json"
 REPORT = "report.md"
-FREE = ("device", "checkpoint_interval", "validation_interval", "held_out_tokens", "prompt")
+FREE = ("device", "checkpoint_interval", "held_out_tokens", "prompt")
+"""What a later call may ask otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,7 @@ def distill(config: DistillConfig, *, command: str = "") -> DistillResult:
     teacher_folder = _teacher_folder(config)
     _check_pair(Path(config.student), teacher_folder)
     _check_shards(config)
+    _check_aligned(config)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     teacher = FrozenTeacher(teacher_folder, config.seq_len, config.device, dtype)
     objectives: dict[str, Objective] = {
@@ -216,6 +219,16 @@ def _check_shards(config: DistillConfig) -> None:
     shards += [TokenShards(config.validation)] if config.validation else []
     for one in shards:
         one.require_vocab_size(words)
+
+
+def _check_aligned(config: DistillConfig) -> None:
+    own: Any = GSAConfig.from_pretrained(config.student)
+    layers = (own.mixer_options(layer) for layer in range(own.num_hidden_layers))
+    slots = any(isinstance(options, SlotAttentionOptions) for options in layers)
+    if not slots and any(stage.objective == "align" for stage in config.plan()):
+        raise ValueError(
+            f"stages: expected no align for {config.student}, which has no layer of slots"
+        )
 
 
 def _begin(config: DistillConfig, command: str) -> None:

@@ -8,17 +8,15 @@ Dtype = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """One continuation. ValueError naming the field if a value makes no sense."""
+class WriteConfig:
+    """What all that writes is asked. ValueError naming the field if a value makes no sense."""
 
     model: str
     """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
-    prompt: str = ""
-    """The text to continue; with state, what follows the text that it has read."""
     state: str = ""
     """File that gsa prefill wrote with this model: go on after its text."""
     max_new_tokens: int = 200
-    """Tokens to write at most; the end of the document stops earlier."""
+    """Tokens of a text at most; the end of the document stops earlier."""
     temperature: float = 0.8
     """Divides the logits before sampling: below 1 is surer, above 1 wilder."""
     top_k: int = 0
@@ -44,42 +42,27 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """A conversation. ValueError naming the field if a value makes no sense."""
+class GenerateConfig(WriteConfig):
+    """One continuation."""
 
-    model: str
-    """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
+    prompt: str = ""
+    """The text to continue; with state, what follows the text that it has read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(WriteConfig):
+    """A conversation."""
+
     system: str = ""
     """Instructions before the conversation; needs a tokenizer with a chat template."""
-    state: str = ""
-    """File that gsa prefill wrote with this model: talk about its text."""
     max_new_tokens: int = 500
     """Tokens of an answer at most."""
-    temperature: float = 0.8
-    """Divides the logits before sampling: below 1 is surer, above 1 wilder."""
-    top_k: int = 0
-    """Sample among the k likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together reach this probability; 1 for all."""
-    repetition_penalty: float = 1.0
-    """Above 1 makes tokens that occurred before less likely, also in greedy text."""
-    seed: int = 0
-    """The same seed and messages write the same answers."""
-    greedy: bool = False
-    """Always take the likeliest token; temperature, top_k, top_p and seed play no part."""
     capacity: int = 0
     """Tokens of the conversation at most, for models with softmax layers without a window; 0 for
     the config's max_position_embeddings. Others have no limit."""
-    device: str = "cpu"
-    """Where to run: cpu, cuda, ..."""
-    dtype: Dtype = "auto"
-    """Of the weights; auto as they were saved."""
-    compile: bool = False
-    """On a CUDA device: compile the step first, which takes a while, for faster tokens."""
 
     def __post_init__(self) -> None:
-        check_model(self.model)
-        check_sampling(self)
+        super().__post_init__()
         if self.capacity < 0:
             raise ValueError(f"capacity: expected at least 0, got {self.capacity}")
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from gsa.layers.gate import StaticGate
 from gsa.layers.in_sight import NAMES
 from gsa.layers.mixer import State
+from gsa.layers.projections import is_linear
 from gsa.layers.ring import from_ring, to_ring
 from gsa.layers.slot_attention import GatedSlotAttention
 from gsa.layers.softmax_attention import SoftmaxAttention
@@ -57,8 +58,8 @@ class StepBlock(nn.Module):
         return x_P1D + self.down_proj(F.silu(gate) * up)
 
 
-def _plain(layer: nn.Module) -> nn.Linear:
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+def _plain(layer: Any) -> nn.Linear:
+    if not is_linear(layer):
         raise ValueError(
             f"model: expected plain linear layers, got {type(layer).__name__}; merge adapters "
             "into the weights first (PEFT: model.merge_and_unload()), or use generate()"

@@ -64,7 +64,13 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether it is a product with its weight and nothing else: no bias, adapter or hook."""
-    return type(layer) is nn.Linear and layer.bias is None and not layer._forward_hooks
+    return is_linear(layer) and layer.bias is None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether its weight and bias are all there is to it."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is nn.Linear and not hooks
 
 
 class _Inputs(torch.autograd.Function):

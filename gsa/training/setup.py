@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
@@ -47,6 +48,10 @@ def init_config(folder: str) -> GSAConfig:
     """ValueError if the folder holds no model of ours."""
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"init: expected a model folder, got {folder}, without config.json")
+    kind = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind != GSAConfig.model_type:
+        hint = "gsa convert makes a GSA model of some"
+        raise ValueError(f"init: expected a GSA model, got model_type {kind!r} in {folder}; {hint}")
     found = GSAConfig.from_pretrained(folder)
     assert isinstance(found, GSAConfig)
     return found

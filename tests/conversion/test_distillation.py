@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import teachers
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -24,17 +25,7 @@ from gsa.training.metrics import read_metrics
 
 WORDS = ["the", "slot", "forgets", "what", "gate", "lets", "go", "and", "remembers", "was", "read"]
 T = 32
-SIZES = dict(
-    vocab_size=320,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.15,
-    bos_token_id=0,
-    eos_token_id=1,
-)
+SIZES = teachers.SIZES | dict(initializer_range=0.15)
 
 
 @pytest.fixture
@@ -202,7 +193,8 @@ def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path
 
 def test_what_does_not_fit_is_named_before_anything_is_written(make_config, lesson, tmp_path):
     config = make_config()
-    other = tmp_path / "other"
+    kept, other = tmp_path / "kept", tmp_path / "other"
+    convert(ConvertConfig(teacher=str(lesson[0]), out=str(kept), keep_layers=(0, 1, 2)))
     LlamaConfig(**SIZES | dict(num_hidden_layers=2)).save_pretrained(other)
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "a"}\n')
@@ -214,6 +206,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ),
         ({"teacher": str(tmp_path)}, FileNotFoundError, "teacher: expected a model folder"),
         ({"teacher": str(other)}, ValueError, "teacher: expected num_hidden_layers = 3"),
+        ({"student": str(kept)}, ValueError, "stages: expected no align"),
         ({"data": str(tmp_path / "none")}, (ValueError, OSError), "none"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval: expected"),
     ):

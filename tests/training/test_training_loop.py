@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from training_runs import assert_same_run, losses, stopped_at
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import gsa.model  # noqa: F401  (registers the Auto classes)
 from gsa.data import Batch, PackedRows, TokenShards
@@ -351,4 +351,7 @@ def test_a_start_that_is_no_model_is_named_before_anything_is_written(make_confi
     config = replace(make_config(), init=str(tmp_path / "none"), model={})
     with pytest.raises(ValueError, match=r"init: expected a model folder, got .*none"):
         train(config)
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"init: expected a GSA model, got model_type 'llama'"):
+        train(replace(config, init=str(tmp_path / "llama")))
     assert not Path(config.out).exists()
