@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -15,12 +16,17 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gsa.cli import main
 from gsa.conversion import ConvertConfig, DistillConfig, convert, distill
+from gsa.conversion.distillation import _questions
 from gsa.conversion.objectives import Align, FrozenTeacher, Kl
+from gsa.conversion.recall import recall
+from gsa.conversion.recovery import recovery
 from gsa.conversion.stages import parse_stage, planned
 from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
 from gsa.model import GSAForCausalLM
 from gsa.training import RunError
+from gsa.training.distributed import Team
 from gsa.training.metrics import read_metrics
 
 WORDS = ["the", "slot", "forgets", "what", "gate", "lets", "go", "and", "remembers", "was", "read"]
@@ -55,7 +61,7 @@ def make_config(lesson, tmp_path):
         base = DistillConfig(
             student=str(lesson[2]), data=lesson[3], validation=lesson[4],
             out=str(tmp_path / "run"), preset="smoke", tokens=40 * 4 * T, seq_len=T, rows=4,
-            checkpoint_interval=10,
+            checkpoint_interval=10, recall_texts=4, recall_distances=(48,),
         )  # fmt: skip
         return replace(base, **options)
 
@@ -164,13 +170,71 @@ def test_every_stage_learns_and_the_student_comes_nearer(make_config, lesson):
     assert said["agreement"] == pytest.approx(sums["same"] / sums["tokens"], abs=0.01)
     report = (result.model.parent / "report.md").read_text()
     assert "| 2 | kl |" in report and "perplexity" in report
-    assert distill(config).recovery == result.recovery, "a second call has nothing to do"
+    assert "| student |" in report and "recall at 48" in report
+    assert said["recall"].keys() == {"texts", "shares", "chance"} == said["teacher_recall"].keys()
+    assert distill(config).comparison == result.comparison, "a second call has nothing to do"
+
+
+def test_each_branch_is_switched_off(make_config, lesson, tmp_path):
+    """Its numbers are those of the saved student with the share set by hand."""
+    hybrid = tmp_path / "hybrid"
+    convert(ConvertConfig(teacher=str(lesson[0]), out=str(hybrid), slots=8, window=6))
+    config = make_config(student=str(hybrid), tokens=20 * 4 * T)
+    result = distill(config)
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())
+    teacher = FrozenTeacher(lesson[0], T, "cpu", torch.float32)
+    student = GSAForCausalLM.from_pretrained(result.model)
+    questions = _questions(config)
+    for name, share in (("slots alone", 0.0), ("window alone", 1.0)):
+        for block in student.model.layers:
+            block.attn.window_share = share
+        held_out = TokenShards(lesson[4])
+        found = recovery(student, teacher, held_out, most_tokens=10**6, team=Team())
+        assert found == result.comparison.branches[name].recovery
+        assert said["branches"][name]["student"] == found.student != said["student"]
+        shares = recall(student, questions, Team()).shares
+        assert said["branches"][name]["recall"]["shares"] == {"48": shares[48]}
+    assert "| window alone |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_without_held_out_text_there_is_recall_alone(make_config, tmp_path):
+    result = distill(make_config(validation="", tokens=4 * 4 * T))
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())
+    assert result.recovery is None and "student" not in said and "48" in said["recall"]["shares"]
+    assert "perplexity" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_teacher_finetuned_on_the_same_tokens_is_the_yardstick(make_config, lesson, tmp_path):
+    """Both as typed: the teacher kept whole and taught the text, then a student held against it."""
+    whole = str(tmp_path / "whole")
+    assert main(["convert", str(lesson[0]), "--keep-all", "--out", whole]) == 0
+    tokens = 40 * 4 * T
+    tuned = make_config(student=whole, out=str(tmp_path / "tuned"), stages=(f"ce:{tokens}:3e-3:1",))
+    before = distill(tuned).recovery
+    assert before.student < before.teacher - 0.1, "it learned the text"
+    config = make_config(tokens=tokens, yardstick=str(tmp_path / "tuned"))
+    result = distill(config)
+    ratio = math.exp(result.recovery.student - before.student)
+    assert result.ratio == pytest.approx(ratio)
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())["yardstick"]
+    assert said["ratio"] == result.ratio and said["loss"] == before.student
+    assert f"{ratio:.3f} × that" in (tmp_path / "run" / "report.md").read_text()
+    for changes, words in (
+        ({"yardstick": str(tmp_path)}, "without recovery.json"),
+        ({"yardstick": str(tmp_path / "run")}, "expected the teacher itself, finetuned"),
+        ({"held_out_tokens": 5}, "held_out_tokens: 1000000 there, 5 here"),
+        ({"out": str(tmp_path / "new"), "tokens": 99 * T}, f"tokens: {tokens} there"),
+        ({"out": str(tmp_path / "new"), "data": lesson[4]}, "data: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            distill(replace(config, **changes))
+    assert not (tmp_path / "new").exists()
 
 
 def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(T)]
-    options += ["--rows", "4", "--checkpoint-interval", "10"]
+    options += ["--rows", "4", "--checkpoint-interval", "10", "--recall-texts", "0"]
     return [sys.executable, "-m", "gsa", "distill", config.student, *options]
 
 
@@ -209,6 +273,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ({"student": str(kept)}, ValueError, "stages: expected no align"),
         ({"data": str(tmp_path / "none")}, (ValueError, OSError), "none"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval: expected"),
+        ({"recall_distances": (3,)}, ValueError, "recall_distances: expected at least"),
     ):
         with pytest.raises(error, match=words):
             distill(replace(config, **changes))
@@ -223,6 +288,10 @@ def test_numbers_that_make_no_sense(make_config):
     for name in ("rows", "seq_len", "accumulation", "tokens", "held_out_tokens"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             make_config(**{name: 0})
+    with pytest.raises(ValueError, match="recall_texts: expected at least 0, got -1"):
+        make_config(recall_texts=-1)
+    with pytest.raises(ValueError, match="yardstick: expected none without held-out text"):
+        make_config(yardstick="there", validation="")
 
 
 def test_other_settings_in_the_same_folder_are_refused(make_config):
