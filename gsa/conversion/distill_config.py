@@ -23,12 +23,12 @@ class DistillConfig:
     validation: str = ""
     """Shard folder of held-out text that both read at the end; empty for none."""
     preset: Preset = "default"
-    """default: align, kl, ce; paper: ce alone; smoke: default in small."""
+    """default: align, kl, ce; paper: ce alone; lora, smoke: default by adapters, and in small."""
     tokens: int = 50_000_000
     """Of all stages of the preset together."""
     stages: tuple[str, ...] = ()
     """In place of a preset: objective:tokens:lr:rest, such as align:10M:1e-3:0 kl:40M:3e-4:0.3;
-    rest is the share of lr for all that is not a token mixer."""
+    rest is the share of lr for all that is not a token mixer; or lora, for adapters and gates."""
     seq_len: int = 1024
     """Tokens of a row."""
     rows: int = 16
@@ -98,6 +98,7 @@ class DistillConfig:
             validation=self.validation if self.validation_interval else "",
             init=start,
             rates=stage.rates,
+            lora=stage.lora,
             seq_len=self.seq_len,
             rows=self.rows,
             accumulation=self.accumulation,

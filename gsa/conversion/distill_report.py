@@ -112,7 +112,8 @@ def report_text(
     """The text of report.md."""
     lines = ["| stage | objective | tokens | rate | of it for the rest |", "|---|---|--:|--:|--:|"]
     for number, stage in enumerate(config.plan(), 1):
-        numbers = f"{stage.tokens:,} | {stage.lr:g} | {stage.rest:g}"
+        rest = f"adapters of rank {stage.lora}" if stage.lora else f"{stage.rest:g}"
+        numbers = f"{stage.tokens:,} | {stage.lr:g} | {rest}"
         lines.append(f"| {number} | {stage.objective} | {numbers} |")
     parts = [
         f"# {Path(config.out).name}",

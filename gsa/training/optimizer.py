@@ -117,16 +117,16 @@ def empty_state(
 ) -> dict[str, Tensor]:
     """Gives the optimizer zeros for the `flat_state` that is stored, and returns them to be filled.
 
-    ValueError unless that has exactly this model's parameters and shapes. No state at all is that
-    of an optimizer that has not stepped yet.
+    ValueError unless that has this model's trained parameters and shapes. One that has never had a
+    gradient, and any before the first step, has none.
     """
     entries = {key: value for key, value in stored.items() if key.startswith("state.")}
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     found = {key.removeprefix("state.").rpartition(".")[0] for key in entries}
-    if found and found != trained:
-        odd = ", ".join(sorted(found ^ trained))
-        raise ValueError(f"optimizer state: expected this model's parameters, differing in: {odd}")
+    if not found <= trained:
+        odd = ", ".join(sorted(found - trained))
+        raise ValueError(f"optimizer state: expected this model's trained parameters, got {odd}")
     state = {}
     for key, entry in entries.items():
         name, _, moment = key.removeprefix("state.").rpartition(".")

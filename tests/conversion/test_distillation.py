@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from gsa.conversion.stages import parse_stage, planned
 from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
 from gsa.model import GSAForCausalLM
 from gsa.training import RunError
+from gsa.training.adapters import PROJECTIONS
 from gsa.training.distributed import Team
+from gsa.training.export_run import ExportConfig, export_run
 from gsa.training.metrics import read_metrics
 
 WORDS = ["the", "slot", "forgets", "what", "gate", "lets", "go", "and", "remembers", "was", "read"]
@@ -231,6 +234,63 @@ def test_the_teacher_finetuned_on_the_same_tokens_is_the_yardstick(make_config, 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("preset", ["smoke", "lora"])
+def test_a_signal_in_any_stage_and_on_bit_for_bit(preset, make_config, tmp_path, monkeypatch):
+    """Layer 1 is kept, so that aligning leaves some of what it could train without a gradient."""
+    whole = distill(make_config(preset=preset, out=str(tmp_path / "whole")))
+    config = make_config(preset=preset, checkpoint_interval=1000)
+    for number, objective in enumerate((Align, Kl), 1):
+        calls, right = [], objective.__call__
+
+        def stopping(self, model, batch, calls=calls, right=right):
+            calls.append(batch)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return right(self, model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "__call__", stopping)
+            stopped = distill(config)
+        assert (stopped.status, stopped.signal) == ("stopped", signal.SIGUSR1)
+        assert stopped.model.name.startswith(str(number)) and stopped.comparison is None
+    found = distill(config)
+    a, b = (load_file(one.model / "model.safetensors") for one in (whole, found))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_adapters_are_merged_and_all_but_gates_stays(make_config, lesson, tmp_path):
+    result = distill(make_config(preset="lora", tokens=100 * 4 * T))
+    assert result.recovery.student < result.recovery.teacher + 3
+    before = {k: v for f in lesson[2].glob("model*.safetensors") for k, v in load_file(f).items()}
+    after = load_file(result.model / "model.safetensors")
+    assert after.keys() == before.keys(), "a plain folder"
+    ends = tuple(f".{name}.weight" for name in PROJECTIONS)
+    projections = {name for name in before if name.endswith(ends)}
+    new = {name for name in before if ".f_proj." in name or ".g_norm." in name}
+    assert len(projections) == 12 and len(new) == 4
+    moved = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert moved == projections | new
+    for name in projections:  # three stages of rank 8 in a matrix of rank 12 and more
+        assert torch.linalg.matrix_rank(after[name] - before[name]) <= 24
+    first = load_file(result.model.parent / "1-align" / "model.safetensors")
+    name = "model.layers.0.mlp_norm.weight"
+    assert torch.equal(first[name], before[name])
+    name = "model.layers.0.attn.q_proj.weight"
+    singular = torch.linalg.svdvals(first[name] - before[name])
+    assert singular[7] > 1e-4 and singular[8] < 1e-5, "one stage, one rank"
+
+
+def test_a_checkpoint_with_adapters_is_exported_plain(make_config, tmp_path):
+    result = distill(make_config(preset="lora", tokens=30 * 4 * T))
+    final = load_file(result.model / "model.safetensors")
+    stored = load_file(max((result.model / "checkpoints").iterdir()) / "model.safetensors")
+    assert "model.layers.0.attn.q_proj.lora_up" in stored.keys() - final.keys()
+    made = export_run(ExportConfig(source=str(result.model), out=str(tmp_path / "exported")))
+    found = load_file(made / "model.safetensors")
+    assert found.keys() == final.keys() and all(torch.equal(found[n], final[n]) for n in final)
+    assert AutoModelForCausalLM.from_pretrained(made) is not None
+
+
 def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(T)]
@@ -313,5 +373,7 @@ def test_stages():
     stage = parse_stage("kl:2.5M:3e-4:0.1")
     assert (stage.tokens, stage.lr, stage.rates) == (2_500_000, 3e-4, {"": 0.1, ".attn.": 1.0})
     assert parse_stage("ce:500:1e-5:1").rates == {}
+    adapted = parse_stage("ce:500:1e-4:lora")
+    assert (adapted.lora, adapted.rates[""], adapted.rates[".f_proj."]) == (8, 0.0, 1.0)
     assert [s.tokens for s in planned("default", 50_000_000)] == [10_000_000, 35_000_000, 5_000_000]
     assert [s.objective for s in planned("paper", 10)] == ["ce"]
