@@ -93,8 +93,7 @@ def distill(arguments: list[str]) -> int:
     from gsa.conversion import distill as run
 
     config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
-    result = run(config, command="gsa " + shlex.join(["distill", *arguments]))
-    print(result)
+    result = run(config, command="gsa " + shlex.join(["distill", *arguments]), say=print)
     return 130 if result.signal == signal.SIGINT else 0
 
 

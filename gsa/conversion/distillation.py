@@ -7,12 +7,12 @@ stage before; interrupted anywhere, the same command goes on from the last check
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gsa.conversion.conversion import REPORT as CONVERSION
 from gsa.conversion.distill_config import DistillConfig
@@ -32,9 +32,10 @@ from gsa.data import MixedShards, TokenShards, open_rows
 from gsa.layers.options import SlotAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import RunError, train
-from gsa.training.distributed import Team
+from gsa.training.distributed import Team, join
 from gsa.training.files import write_json, write_text
 from gsa.training.objective import Objective, next_token
+from gsa.training.setup import check_rows, pick_device
 
 FREE = (
     *("device", "checkpoint_interval", "held_out_tokens", "recall_distances", "recall_texts"),
@@ -70,8 +71,16 @@ class DistillResult:
         return f"{self.status}, {self.model}{said}"
 
 
-def distill(config: DistillConfig, *, command: str = "") -> DistillResult:
+def distill(
+    config: DistillConfig, *, command: str = "", say: Callable[[str], None] | None = None
+) -> DistillResult:
     """Teach a converted student what its teacher knows; go on where an earlier call was stopped.
+
+    In several processes, which torchrun starts, they share the student as in `train`; each has the
+    teacher whole.
+
+    Args:
+        say: told how it ended, by one process only.
 
     In config.out: a run folder for each stage, recovery.json and report.md. The last stage's
     folder is the model.
@@ -81,9 +90,11 @@ def distill(config: DistillConfig, *, command: str = "") -> DistillResult:
             nothing was written.
         RunError: the folder holds another distillation; and as from `train`.
     """
-    if dist.is_torchelastic_launched():
-        raise ValueError("gsa distill: expected one process, got torchrun; start it by itself")
-    return _distill(config, command, Team())
+    with join(config.device) as team:
+        result = _distill(config, command, team)
+        if say is not None and team.first:
+            say(str(result))
+        return result
 
 
 def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
@@ -95,25 +106,31 @@ def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
     if config.yardstick:
         yardstick = read_yardstick(config.yardstick, circumstances(config, teacher_folder))
     questions = _questions(config)
+    runs = config.runs()
+    check_rows(runs[0], team)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    teacher = FrozenTeacher(teacher_folder, config.seq_len, config.device, dtype)
+    device = str(pick_device(config.device, team))
+    teacher = FrozenTeacher(teacher_folder, config.seq_len, device, dtype)
     objectives: dict[str, Objective] = {
         "align": Align(teacher, compiled=config.compile),
         "kl": Kl(teacher),
         "ce": next_token,
     }
-    runs = config.runs()
-    _begin(config, command)
+    team.ask_first(lambda: _begin(config, command))
     for stage, asked in zip(config.plan(), runs, strict=True):
         ended = train(asked, command=command, objective=objectives[stage.objective])
         if ended.status == "stopped":
             return DistillResult(model=ended.folder, status="stopped", signal=ended.signal)
     model = Path(runs[-1].out)
     found = _compare(config, teacher, model, questions, team)
-    said = recovery_json(config, teacher_folder, model, found, yardstick)
-    write_json(Path(config.out) / RECOVERY, said)
-    text = report_text(config, teacher_folder, model, found, yardstick, command)
-    write_text(Path(config.out) / REPORT, text)
+
+    def write() -> None:
+        said = recovery_json(config, teacher_folder, model, found, yardstick)
+        write_json(Path(config.out) / RECOVERY, said)
+        text = report_text(config, teacher_folder, model, found, yardstick, command)
+        write_text(Path(config.out) / REPORT, text)
+
+    team.ask_first(write)
     return DistillResult(
         model=model,
         status="finished",

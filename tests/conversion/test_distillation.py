@@ -11,20 +11,20 @@ import time
 from dataclasses import replace
 
 import pytest
-import teachers
 import torch
 from safetensors.torch import load_file
+from teachers import LESSON, ROW
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.cli import main
-from gsa.conversion import ConvertConfig, DistillConfig, convert, distill
+from gsa.conversion import ConvertConfig, convert, distill
 from gsa.conversion.distillation import _questions
 from gsa.conversion.objectives import Align, FrozenTeacher, Kl
 from gsa.conversion.recall import recall
 from gsa.conversion.recovery import recovery
 from gsa.conversion.stages import parse_stage, planned
-from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
+from gsa.data import PackedRows, TokenShards
 from gsa.model import GSAForCausalLM
 from gsa.training import RunError
 from gsa.training.adapters import PROJECTIONS
@@ -32,43 +32,7 @@ from gsa.training.distributed import Team
 from gsa.training.export_run import ExportConfig, export_run
 from gsa.training.metrics import read_metrics
 
-WORDS = ["the", "slot", "forgets", "what", "gate", "lets", "go", "and", "remembers", "was", "read"]
-T = 32
-SIZES = teachers.SIZES | dict(initializer_range=0.15)
-
-
-@pytest.fixture
-def lesson(save, tmp_path):
-    """(teacher's folder, its model, student's folder, training shards, held-out shards)"""
-    teacher, model = save(LlamaConfig(**SIZES))
-    student = tmp_path / "student"
-    convert(ConvertConfig(teacher=str(teacher), out=str(student), slots=8, keep_layers=(1,)))
-    rng = torch.Generator().manual_seed(0)
-    shards = []
-    for name, documents in (("train", 300), ("held-out", 20)):
-        text = tmp_path / f"{name}.jsonl"
-        with text.open("w") as file:
-            for _ in range(documents):
-                words = torch.randint(len(WORDS), (int(torch.randint(3, 40, (1,), generator=rng)),),
-                                      generator=rng)  # fmt: skip
-                file.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
-        out = str(tmp_path / name)
-        prepare(PrepareConfig(inputs=(str(text),), out=out, tokenizer=str(teacher), quiet=True))
-        shards.append(out)
-    return teacher, model, student, *shards
-
-
-@pytest.fixture
-def make_config(lesson, tmp_path):
-    def make(**options):
-        base = DistillConfig(
-            student=str(lesson[2]), data=lesson[3], validation=lesson[4],
-            out=str(tmp_path / "run"), preset="smoke", tokens=40 * 4 * T, seq_len=T, rows=4,
-            checkpoint_interval=10, recall_texts=4, recall_distances=(48,),
-        )  # fmt: skip
-        return replace(base, **options)
-
-    return make
+T = ROW
 
 
 def a_batch(shards, rows=3):
@@ -319,7 +283,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
     config = make_config()
     kept, other = tmp_path / "kept", tmp_path / "other"
     convert(ConvertConfig(teacher=str(lesson[0]), out=str(kept), keep_layers=(0, 1, 2)))
-    LlamaConfig(**SIZES | dict(num_hidden_layers=2)).save_pretrained(other)
+    LlamaConfig(**LESSON | dict(num_hidden_layers=2)).save_pretrained(other)
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "a"}\n')
     for changes, error, words in (
