@@ -97,6 +97,7 @@ def test_two_processes_distill_as_one(make_config, tmp_path):
         assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
 
 
+@pytest.mark.slow
 def test_two_killed_go_on_bit_for_bit(make_config, tmp_path):
     whole, config = (make_config(out=str(tmp_path / n)) for n in ("whole", "run"))
     running = torchrun(2, command_of(config))
