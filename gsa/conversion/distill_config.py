@@ -1,27 +1,23 @@
 """What `gsa distill` can be asked for."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gsa.conversion.conversion import REPORT as CONVERSION
 from gsa.conversion.stages import PRESETS, Preset, Stage, parse_stage, planned
 from gsa.training import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """What `distill` is asked to do."""
+class Lesson:
+    """What a distillation costs depends on this alone."""
 
     student: str
     """Folder that gsa convert made."""
-    data: str
-    """Shard folder of text in the student's tokens, or several with weights; see gsa train."""
-    out: str
-    """Folder of the stages' runs and the report."""
     teacher: str = ""
     """Folder of the teacher; empty for the one in the student's conversion.json."""
-    validation: str = ""
-    """Shard folder of held-out text that both read at the end; empty for none."""
     preset: Preset = "default"
     """default: align, kl, ce; paper: ce alone; lora, smoke: default by adapters, and in small."""
     tokens: int = 50_000_000
@@ -32,11 +28,58 @@ class DistillConfig:
     seq_len: int = 1024
     """Tokens of a row."""
     rows: int = 16
-    """Rows of a step."""
+    """Rows of a pass, of all processes together."""
     accumulation: int = 1
     """Passes of as many rows each that make a step."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """bf16: student and teacher compute in bf16; the student's weights stay fp32."""
+    recompute: int = 0
+    """Keep no activations within every so-manieth block of the student, but compute them again
+    backwards: 1 for all blocks (least memory), 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise ValueError("student: expected a non-empty string")
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: expected {', '.join(PRESETS)}, got {self.preset!r}")
+        for text in self.stages:
+            parse_stage(text)
+        for name in ("tokens", "seq_len", "rows", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.recompute < 0:
+            raise ValueError(f"recompute: expected at least 0, got {self.recompute}")
+
+    def plan(self) -> list[Stage]:
+        """The stages, in order."""
+        if self.stages:
+            return [parse_stage(text) for text in self.stages]
+        return planned(self.preset, self.tokens)
+
+    def teacher_folder(self) -> Path:
+        """The teacher's; ValueError if nothing says which one it is."""
+        if self.teacher:
+            return Path(self.teacher)
+        path = Path(self.student) / CONVERSION
+        if not path.is_file():
+            raise ValueError(
+                f"student: expected a folder that gsa convert made, got {self.student} without "
+                f"{CONVERSION}; if it is a model of ours, say which teacher is its own: teacher"
+            )
+        found = json.loads(path.read_text(encoding="utf-8"))["teacher"]
+        return Path(found["folder"] if isinstance(found, dict) else found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Lesson):
+    """What `distill` is asked to do."""
+
+    data: str
+    """Shard folder of text in the student's tokens, or several with weights; see gsa train."""
+    out: str
+    """Folder of the stages' runs and the report."""
+    validation: str = ""
+    """Shard folder of held-out text that both read at the end; empty for none."""
     compile: bool = False
     """Compile the student's blocks: faster steps after half a minute."""
     seed: int = 0
@@ -60,26 +103,16 @@ class DistillConfig:
     """Where to train: cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
-        for name in ("student", "data", "out"):
+        super().__post_init__()
+        for name in ("data", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a non-empty string")
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset: expected {', '.join(PRESETS)}, got {self.preset!r}")
-        for text in self.stages:
-            parse_stage(text)
-        for name in ("tokens", "held_out_tokens", "seq_len", "rows", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.held_out_tokens < 1:
+            raise ValueError(f"held_out_tokens: expected at least 1, got {self.held_out_tokens}")
         if self.recall_texts < 0:
             raise ValueError(f"recall_texts: expected at least 0, got {self.recall_texts}")
         if self.yardstick and not self.validation:
             raise ValueError("yardstick: expected none without held-out text; set validation")
-
-    def plan(self) -> list[Stage]:
-        """The stages, in order."""
-        if self.stages:
-            return [parse_stage(text) for text in self.stages]
-        return planned(self.preset, self.tokens)
 
     def runs(self) -> list[TrainConfig]:
         """The runs of all stages, each from the model of the one before."""
@@ -108,6 +141,7 @@ class DistillConfig:
             warmup=min(stage.warmup, steps // 10),
             weight_decay=0.01,
             dtype=self.dtype,
+            recompute=self.recompute,
             compile=self.compile,
             lean=self.compile,
             seed=self.seed + number,

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from gsa.conversion.conversion import REPORT as CONVERSION
 from gsa.conversion.distill_config import DistillConfig
 from gsa.conversion.distill_report import (
     RECOVERY,
@@ -39,7 +38,7 @@ from gsa.training.setup import check_rows, pick_device
 
 FREE = (
     *("device", "checkpoint_interval", "held_out_tokens", "recall_distances", "recall_texts"),
-    *("yardstick", "prompt"),
+    *("yardstick", "prompt", "recompute"),
 )
 """What a later call may ask otherwise."""
 
@@ -98,7 +97,7 @@ def distill(
 
 
 def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
-    teacher_folder = _teacher_folder(config)
+    teacher_folder = config.teacher_folder()
     _check_pair(Path(config.student), teacher_folder)
     _check_shards(config)
     _check_aligned(config)
@@ -137,19 +136,6 @@ def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
         comparison=found,
         ratio=None if yardstick is None else yardstick.ratio(found),
     )
-
-
-def _teacher_folder(config: DistillConfig) -> Path:
-    if config.teacher:
-        return Path(config.teacher)
-    path = Path(config.student) / CONVERSION
-    if not path.is_file():
-        raise ValueError(
-            f"student: expected a folder that gsa convert made, got {config.student} without "
-            f"{CONVERSION}; if it is a model of ours, say which teacher is its own: teacher"
-        )
-    found = json.loads(path.read_text(encoding="utf-8"))["teacher"]
-    return Path(found["folder"] if isinstance(found, dict) else found)
 
 
 def _check_pair(student: Path, teacher: Path) -> None:

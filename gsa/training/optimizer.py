@@ -83,10 +83,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
     return Optimizers(members)
 
 
-def rate_of(parameter: str, config: TrainConfig) -> float:
-    """The factor on lr for the parameter of that name; 0 freezes it."""
-    fitting = [part for part in config.rates if part in parameter]
-    return config.rates[max(fitting, key=len)] if fitting else 1.0
+def rate_of(parameter: str, rates: dict[str, float]) -> float:
+    """The factor on lr for the parameter of that name; 0 freezes it. rates: as in TrainConfig."""
+    fitting = [part for part in rates if part in parameter]
+    return rates[max(fitting, key=len)] if fitting else 1.0
 
 
 def _groups(
@@ -95,7 +95,7 @@ def _groups(
     """Groups of equal `rate_of`."""
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        by_rate.setdefault(rate_of(name, config), []).append(parameter)
+        by_rate.setdefault(rate_of(name, config.rates), []).append(parameter)
     return [
         {"params": members, "weight_decay": weight_decay, "rate": rate}
         for rate, members in by_rate.items()

@@ -94,7 +94,7 @@ def build_model(
         model = GSAForCausalLM(model_config)
     model.to(torch.float32 if config.master_weights else torch.bfloat16)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rate_of(name, config) > 0)
+        parameter.requires_grad_(rate_of(name, config.rates) > 0)
     if config.lora:
         adapt(model, config.lora, config.seed)
     if team.mesh is None:
