@@ -109,12 +109,10 @@ class Align:
 
     def __init__(self, teacher: FrozenTeacher, *, compiled: bool = False):
         self.teacher, self.compiled = teacher, compiled
-        self._prepared: Any = None
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
-        if self._prepared is not model:
+        if not hasattr(model, "gap"):
             self._prepare(model)
-            self._prepared = model
         counts = (next_tokens(batch.labels) != IGNORE)[0]
         layout = TokenLayout.of_packed(
             batch.input_ids.shape[1], batch.input_ids.device, batch.cu_seqlens

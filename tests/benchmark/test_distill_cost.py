@@ -1,6 +1,7 @@
 """gsa bench distill: its numbers are those of models that are really built."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def test_bytes_that_stay_are_those_of_a_real_step(preset, pair):
     batch = Batch(ids, ids, torch.tensor([0, T, 2 * T], dtype=torch.int32))
     own = GSAConfig.from_pretrained(student)
     for run, found in zip(runs, said["stages"], strict=True):
-        model = build_student(replace_init(run, student), own, torch.device("cpu"), Team())
+        run = replace(run, init=str(student))  # as each stage's model, but for what it learned
+        model = build_student(run, own, torch.device("cpu"), Team())
         objectives[found["objective"]](model, batch).backward()
         optimizer = build_optimizer(model, run)
         optimizer.step(1e-3)
@@ -68,13 +70,6 @@ def test_bytes_that_stay_are_those_of_a_real_step(preset, pair):
         assert found["bytes"]["teacher"] == theirs
     assert said["student"] == sum(p.numel() for p in GSAForCausalLM(own).parameters())
     assert said["teacher"] == sum(p.numel() for p in teacher.model.parameters())
-
-
-def replace_init(run, student):
-    """Every stage from the same student: their shapes are equal."""
-    from dataclasses import replace
-
-    return replace(run, init=str(student))
 
 
 @pytest.mark.parametrize(
@@ -163,5 +158,5 @@ def test_what_makes_no_sense_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             DistillCostConfig(**{"student": "x"} | changes)
-    with pytest.raises(FileNotFoundError, match="expected a config.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected a config\.json"):
         bench_distill(DistillCostConfig(student=str(tmp_path)))
