@@ -44,8 +44,10 @@ FP32 = torch.float32.itemsize
 
 @dataclass(frozen=True, kw_only=True)
 class DistillCostConfig(Lesson):
-    """student may also be a Transformer's folder: then it is what gsa convert makes of that."""
+    """What `bench_distill` is asked."""
 
+    student: str
+    """Folder that gsa convert made, or of a Transformer: then of what it makes by default."""
     gpus: int = 8
     """How many there are."""
     gpu: str = "H100"
