@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from gsa.data import Batch
-from gsa.layers import GatedSlotAttention, TokenLayout
+from gsa.layers import SoftmaxAttention, TokenLayout
 from gsa.model.loss import IGNORE, linear_kl, next_tokens
 
 Seen = Callable[[int, Tensor, Tensor], None]
@@ -98,9 +98,9 @@ class FrozenTeacher:
 
 
 class Align:
-    """Each slot layer by itself gives what the teacher's attention gives for the same input.
+    """Each layer with a memory by itself gives what the teacher's attention gives for its input.
 
-    The loss of a token is ‖student - teacher‖₂ / √D, the mean over slot layers; the teacher's
+    The loss of a token is ‖student - teacher‖₂ / √D, the mean over those layers; the teacher's
     attention drives the residual stream, so that no layer's error reaches another.
     """
 
@@ -124,7 +124,7 @@ class Align:
         losses = []
         pairs = zip(self.mixers(model), self.teacher.attention(batch), strict=True)
         for mixer, (x, wanted) in pairs:
-            if isinstance(mixer, GatedSlotAttention):
+            if not isinstance(mixer, SoftmaxAttention):
                 gap = (mixer(x, layout).output - wanted)[0].float()
                 losses.append((gap.norm(dim=1) * counts).sum() / gap.shape[1] ** 0.5)
         return torch.stack(losses).mean()

@@ -288,8 +288,8 @@ def gated_linear_step(
     check_step(q, memory, None, inplace, check_linear_inputs(q, k, v, log_decay), "B, G, K, V")
     dtype = compute_dtype(q.dtype)
     with without_autocast(q.device.type):
-        token = (x[:, 0].to(dtype) for x in (q, k, v, log_decay))
-        output, after = linear_advance(*token, memory, scale)
+        now_q, now_k, now_v, decay = (x[:, 0].to(dtype) for x in (q, k, v, log_decay))
+        output, after = linear_advance(now_q, now_k, now_v, decay, memory, scale)
         output = output[:, None].to(q.dtype)
         if not inplace:
             return SlotAttentionOutput(output, after)

@@ -166,10 +166,7 @@ def reference_linear_attention(
     dtype = compute_dtype(q_BTHK.dtype)
     q, k, v, log_decay = (x.to(dtype) for x in (q_BTHK, k_BTGK, v_BTGV, log_decay_BTGK))
     memories = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_memory is None:
-        memory = q.new_zeros(memories, G, K, V)
-    else:
-        memory = initial_memory.clone()
+    memory = q.new_zeros(memories, G, K, V) if initial_memory is None else initial_memory.clone()
 
     def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         return linear_advance(q[:, t], k[:, t], v[:, t], log_decay[:, t], memory, scale)

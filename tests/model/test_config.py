@@ -19,6 +19,7 @@ BASE = dict(
     intermediate_size=24,
 )
 HYBRID = {"attn": {"layers": [1], "num_heads": 4}}
+GLA = {"mixer": "gla", "num_slots": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -35,6 +36,8 @@ CHANGES_THE_WEIGHTS = {
     "num_heads": (2, {}),
     "num_kv_heads": (2, {}),
     "num_slots": (6, {}),
+    "mixer": ("gla", {"num_slots": 64}),
+    "gate_low_rank": (3, GLA),
     "head_dim": (6, {}),
     "expand_k": (2, {}),
     "expand_v": (2, {}),
@@ -55,9 +58,9 @@ CHANGES_THE_WEIGHTS = {
 }
 CHANGES_THE_OUTPUT = {
     "gate": [("abc", {}), ("abc_printed", {})],
-    "gate_logit_normalizer": [(2, {})],
-    "feature_map": [("relu", {}), ("identity", {})],
-    "value_activation": [("identity", {})],
+    "gate_logit_normalizer": [(2, {}), (2, GLA)],
+    "feature_map": [("relu", {}), ("identity", {}), ("identity", GLA)],
+    "value_activation": [("identity", {}), ("identity", GLA)],
     "slot_activation": [("identity", {}), ("swish", {}), ("relu", {}), ("relu2", {})],
     "scale": [(0.5, {}), ("rsqrt_key", {})],
     "rope_theta": [(100.0, {})],
@@ -73,7 +76,7 @@ CHANGES_THE_OUTPUT = {
             {"window_branch": 5, "window_rope_theta": 100.0},
         ),
     ],
-    "output_norm_eps": [(0.1, {})],
+    "output_norm_eps": [(0.1, {}), (0.1, GLA)],
     "norm_eps": [(0.1, {"output_norm_eps": 1e-5})],
     "sliding_window": [(3, HYBRID)],
 }
@@ -165,6 +168,12 @@ def test_mlp_width_follows_the_published_rule():
     [
         ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size = 16"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
+        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, got 'mamba'"),
+        ({"mixer": "gla"}, "num_slots: expected 64 with mixer 'gla', which has no use for it"),
+        (GLA | {"use_short_conv": True}, "use_short_conv: expected False with mixer 'gla'"),
+        (GLA | {"gate_low_rank": 0}, "gate_low_rank: expected a whole number >= 1"),
+        (GLA | {"mixer": "retnet", "gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer"),
+        ({"gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer 'gsa'"),
         ({"num_slots": 0}, "num_slots: expected a whole number >= 1, got 0"),
         ({"hidden_size": 16.0}, "hidden_size: expected a whole number"),
         ({"num_heads": True}, "num_heads: expected a whole number"),
