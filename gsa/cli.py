@@ -122,8 +122,8 @@ def convert(arguments: list[str]) -> int:
     model, rest = take_dict(arguments, "model")
     parser = argparse.ArgumentParser(
         prog="gsa convert",
-        description=f"{_summary(run)} Keys of GSAConfig for slot layers: --model.KEY VALUE, such "
-        "as --model.scale rsqrt_key.",
+        description=f"{_summary(run)} Keys of GSAConfig for converted layers: --model.KEY VALUE, "
+        "such as --model.scale rsqrt_key.",
         allow_abbrev=False,
     )
     add_fields(parser, ConvertConfig, positional=("teacher",))

@@ -3,59 +3,93 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from gsa.layers.feature_map import FEATURE_MAPS
 from gsa.layers.options import check_choice, check_positive_int, check_positive_number
 
+Target = Literal["gsa", "gla", "retnet", "supra"]
 GateInit = Literal["normal", "spread", "pooled_keys"]
-FeatureMapName = Literal["swish", "relu", "identity", "t2r"]
+FeatureMapName = Literal["auto", "swish", "relu", "identity", "t2r"]
+
+TARGETS: dict[Target, dict[str, Any]] = {
+    "gsa": {"feature_map": "swish"},
+    "gla": {
+        "mixer": "gla",
+        "feature_map": "relu",
+        "value_activation": "identity",
+        "scale": "rsqrt_key",
+    },
+    "retnet": {
+        "mixer": "retnet",
+        "feature_map": "relu",
+        "value_activation": "identity",
+        "scale": "rsqrt_key",
+    },
+    "supra": {"mixer": "retnet", "feature_map": "t2r", "value_activation": "identity"},
+}
+"""Keys of GSAConfig that make a mixer what its name says, as teachers were converted to it: gla and
+retnet in "Gated Slot Attention", §4.2 (relu, no output gate), supra in arXiv 2405.06640."""
+
+TAUS: dict[Target, float] = {"gsa": 8.0, "gla": 16.0}
+"""tau of the targets whose gates depend on the token, as in their papers."""
+
+POSITIONED: tuple[Target, ...] = ("retnet", "supra")
+"""Targets that always rotate queries and keys."""
+
+GATE_INITS: dict[Target, tuple[GateInit, ...]] = {
+    "gsa": get_args(GateInit),
+    "gla": ("normal", "spread"),
+}
 
 MODEL_KEYS = (
     *("gate", "value_activation", "slot_activation", "scale", "output_norm", "output_norm_eps"),
-    *("elementwise_affine", "output_gate", "use_short_conv", "conv_size"),
+    *("elementwise_affine", "output_gate", "use_short_conv", "conv_size", "gate_low_rank"),
 )
 """Keys of GSAConfig that a teacher says nothing about, besides those with options of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What `convert` is asked to do; the defaults are the paper's."""
+    """What `convert` is asked to do; the defaults are the papers'."""
 
     teacher: str
     """Local folder of a Llama, Mistral, Qwen2, Qwen3 or SmolLM2, its weights as safetensors."""
     out: str
     """Folder to make; from_pretrained opens it."""
-    slots: int = 64
-    """Slots of each memory, one memory per key/value head."""
-    tau: float = 8.0
-    """Forget gates are sigmoid(logits)^(1/tau): larger forgets more slowly."""
-    feature_map: FeatureMapName = "swish"
-    """On queries and keys of slot layers. t2r: relu after a learned matrix, first the identity."""
+    target: Target = "gsa"
+    """What takes attention's place: gsa, or one of the paper's rivals, see docs/rivals.md."""
+    slots: int | None = None
+    """Slots of each memory, one memory per key/value head; 64 if not given; gsa only."""
+    tau: float | None = None
+    """Forget gates are sigmoid(logits)^(1/tau): larger forgets more slowly; if not given 8 for gsa,
+    16 for gla."""
+    feature_map: FeatureMapName = "auto"
+    """On queries and keys of converted layers; auto: the target's own (gsa: swish; gla, retnet:
+    relu; supra: t2r). t2r: relu after a learned matrix, first the identity."""
     gate_init: GateInit = "normal"
-    """Gates at first: small random weights; spread: with biases too, so that slots of a memory keep
-    for 8 to 2000 tokens (at tau 8); pooled_keys: means over rows of the key projections."""
+    """Gates at first: small random weights; spread: with biases too, so that slots of a memory (of
+    gla: keys) keep for 8 to 2000 tokens (at tau 8); pooled_keys (gsa): means over rows of the key
+    projections."""
     rope: bool = False
-    """Keep the teacher's rotary embedding in slot layers, after the feature map; kept layers
-    always have it."""
+    """Keep the teacher's rotary embedding in converted layers, after the feature map; retnet and
+    supra always do, and so do kept layers."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay softmax attention as the teacher has it, counted from 0."""
     window: int = 0
     """Tokens of a softmax branch beside each slot memory, with the teacher's rotary embedding, in a
-    share that is learned; 0 for none."""
+    share that is learned; 0 for none; gsa only."""
     seed: int = 0
     """Seeds the new weights."""
     check_tokens: int = 64
     """Before anything is written, compare logits on so many random tokens with every layer kept;
     more than a sliding window's length tries the window as well; 0 for no comparison."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Further keys of GSAConfig for the slot layers."""
+    """Further keys of GSAConfig for the converted layers."""
 
     def __post_init__(self) -> None:
         for name in ("teacher", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a non-empty string")
-        check_positive_int("slots", self.slots)
-        check_positive_number("tau", self.tau)
-        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("target", self.target, get_args(Target))
+        check_choice("feature_map", self.feature_map, get_args(FeatureMapName))
         check_choice("gate_init", self.gate_init, get_args(GateInit))
         if not isinstance(self.rope, bool):
             raise ValueError(f"rope: expected true or false, got {self.rope!r}")
@@ -71,7 +105,37 @@ class ConvertConfig:
                 f"model: expected keys of GSAConfig among {', '.join(MODEL_KEYS)}, got "
                 f"{', '.join(unknown)}; others follow from the teacher or are options of their own"
             )
+        self._settle_target()
         if self.gate_init != "normal" and self.model.get("gate") == "data_independent":
             raise ValueError(
                 f"gate_init: expected normal with gate data_independent, got {self.gate_init}"
             )
+
+    def _settle_target(self) -> None:
+        """Fills in what the target has of its own; ValueError for what it has not."""
+        known = GATE_INITS.get(self.target, ("normal",))
+        unfit = {
+            "slots": self.target != "gsa" and self.slots is not None,
+            "tau": self.target not in TAUS and self.tau is not None,
+            "window": self.target != "gsa" and self.window != 0,
+            "gate_init": self.gate_init not in known,
+        }
+        for name in (name for name, wrong in unfit.items() if wrong):
+            expected = " or ".join(known) if name == "gate_init" else "none"
+            raise ValueError(
+                f"{name}: expected {expected} with target {self.target}, got {getattr(self, name)}"
+            )
+        own: dict[str, Any] = {"feature_map": TARGETS[self.target]["feature_map"]}
+        own = {} if self.feature_map != "auto" else own
+        if self.slots is None and self.target == "gsa":
+            own["slots"] = 64
+        if self.tau is None and self.target in TAUS:
+            own["tau"] = TAUS[self.target]
+        if self.target in POSITIONED:
+            own["rope"] = True
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+        if self.slots is not None:
+            check_positive_int("slots", self.slots)
+        if self.tau is not None:
+            check_positive_number("tau", self.tau)
