@@ -50,6 +50,14 @@ DECAYS = {"gla": "data_dependent", "retnet": "fixed"}
 
 MIXERS = ("gsa", *DECAYS)
 
+MIXER_KEYS = frozenset(
+    field.name
+    for kind in (SlotAttentionOptions, LinearAttentionOptions)
+    for field in fields(kind)
+    if field.name != "decay"
+)
+"""Fields that some mixer with a memory reads."""
+
 MixerOptions = SlotAttentionOptions | LinearAttentionOptions | SoftmaxAttentionOptions
 
 
@@ -219,11 +227,8 @@ class GSAConfig(PreTrainedConfig):
 
     def _check_mixer(self) -> None:
         check_choice("mixer", self.mixer, MIXERS)
-        kinds = (SlotAttentionOptions, LinearAttentionOptions)
-        every = {field.name for kind in kinds for field in fields(kind)}
-        unused = every - self._mixer_fields() - {"decay"}
         defaults = {field.name: field.default for field in fields(type(self))}
-        for name in sorted(unused):
+        for name in sorted(MIXER_KEYS - self._mixer_fields()):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(
                     f"{name}: expected {defaults[name]!r} with mixer {self.mixer!r}, which has no "
@@ -234,7 +239,7 @@ class GSAConfig(PreTrainedConfig):
         """Fields that the mixer reads, of those which its options have."""
         if self.mixer == "gsa":
             return {field.name for field in fields(SlotAttentionOptions)}
-        names = {field.name for field in fields(LinearAttentionOptions)} - {"decay"}
+        names = {field.name for field in fields(LinearAttentionOptions)} & MIXER_KEYS
         gate = {"gate_logit_normalizer", "gate_low_rank"}
         return names if self.mixer == "gla" else names - gate
 
