@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from gsa.ops.chunked_op import chunked_attention, chunked_linear_attention
+from gsa.ops.chunked_op import chunked_attention
 from gsa.ops.reference import (
     linear_advance,
     reference_attention,
@@ -232,7 +232,7 @@ def gated_linear_attention(
         scale: factor on the outputs; the papers have 1/sqrt(K).
         initial_memory: [B, G, K, V], fp32 (fp64 for fp64 inputs); zeros if None.
         cu_seqlens: [S+1], as in `gated_slot_attention` (B = 1, memory [S, G, K, V]).
-        impl: auto, reference or chunked; auto takes chunked on every device.
+        impl: as in `gated_slot_attention`; the kernels take K <= 256.
 
     Returns:
         SlotAttentionOutput: output [B, T, H, V] in q's dtype; memory [B, G, K, V] after the last
@@ -243,8 +243,6 @@ def gated_linear_attention(
     """
     check_scale(scale)
     check_impl(impl)
-    if impl == "triton":
-        raise ValueError("impl: expected auto, reference or chunked, got 'triton'")
     sizes = check_linear_inputs(q, k, v, log_decay)
     if cu_seqlens is not None:
         check_packing(q, cu_seqlens)
@@ -252,9 +250,15 @@ def gated_linear_attention(
         memories = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         letters = "B, G, K, V" if cu_seqlens is None else "S, G, K, V"
         check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
-    compute = reference_linear_attention if impl == "reference" else chunked_linear_attention
+    chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_decay, "K"))
     with without_autocast(q.device.type):
-        return compute(q, k, v, log_decay, scale, initial_memory, cu_seqlens)
+        if chosen == "reference":
+            return reference_linear_attention(q, k, v, log_decay, scale, initial_memory, cu_seqlens)
+        # A memory without keys: k is what is written, and q the read weights of its K rows.
+        no_keys = k.new_empty(*k.shape[:3], 0)
+        arguments = (q, no_keys, v, log_decay, k, scale, "identity", initial_memory, cu_seqlens)
+        compute = triton_attention if chosen == "triton" else chunked_attention
+        return compute(*arguments, True)
 
 
 @torch.no_grad()

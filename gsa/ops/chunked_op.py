@@ -350,19 +350,3 @@ def chunked_attention(
         not recompute,
     )  # fmt: skip
     return SlotAttentionOutput(output, memory)
-
-
-def chunked_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    initial_memory: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> SlotAttentionOutput:
-    """`reference_linear_attention`, in chunks: a memory without keys, see `gsa/ops/chunked.py`."""
-    no_keys = k[..., :0]
-    return chunked_attention(
-        q, no_keys, v, log_decay, k, scale, "identity", initial_memory, cu_seqlens, True
-    )

@@ -5,7 +5,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from numerics import assert_close, cotangents, errors, evaluate, gates, leaves
+from numerics import (
+    HOME,
+    assert_bit_equal,
+    assert_close,
+    cotangents,
+    errors,
+    evaluate,
+    gates,
+    leaves,
+)
 
 from gsa.ops import gated_linear_attention, gated_linear_step
 
@@ -197,3 +206,63 @@ def test_errors_name_the_argument(name):
     with pytest.raises(ValueError) as raised:
         gated_linear_attention(**(inputs | {name: make(inputs)}))
     assert expected in str(raised.value)
+
+
+HOT, COLD = {"K": 8, "V": 16}, {"K": 5, "V": 3}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("kernels")
+class TestKernels:
+    """On the GPU if there is one, else in Triton's interpreter."""
+
+    CASES = {  # noqa: RUF012
+        "bf16": dict(T=130, H=2, G=1, **HOT, dtype=torch.bfloat16, memory=1),
+        "fp16": dict(T=70, H=1, **COLD, dtype=torch.float16),
+        "fp32": dict(T=70, H=2, **HOT, memory=1),
+        "mixed": dict(T=66, H=1, **HOT, gate="mixed", dtype=torch.bfloat16),
+        "steep": dict(T=66, H=1, **COLD, gate="steep", memory=1),
+        "none": dict(T=65, H=1, **COLD, gate="none", dtype=torch.bfloat16),
+        "segments": dict(T=300, H=2, G=1, **HOT, dtype=torch.bfloat16, memory=1),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_equal_attention_over_the_past(self, case, monkeypatch):
+        pytest.importorskip("triton")
+        from gsa.ops.triton import sizes
+
+        monkeypatch.setattr(sizes, "segment_tokens", lambda packed: 256)
+        inputs = on_home(make_inputs(**{"dtype": torch.float32, **self.CASES[case]}))
+        self.compare(inputs, cotangents_of(inputs))
+
+    def test_packed_sequences_know_nothing_of_each_other(self):
+        pytest.importorskip("triton")
+        bounds = torch.tensor([0, 0, 3, 70, 71, 100]).to(HOME.device)
+        inputs = on_home(make_inputs(T=100, H=2, G=1, **HOT, dtype=torch.bfloat16, memory=5))
+        self.compare(inputs, cotangents_of(inputs, memories=5), cu_seqlens=bounds)
+
+    def test_compile_whole(self):
+        pytest.importorskip("triton")
+        inputs = on_home(make_inputs(T=70, H=2, G=1, **HOT, dtype=torch.bfloat16))
+        d, run = cotangents_of(inputs), partial(gated_linear_attention, impl="triton")
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        assert_bit_equal(evaluate(compiled, inputs, d), evaluate(run, inputs, d))
+
+    def test_keys_wider_than_the_kernels_take(self):
+        inputs = make_inputs(T=1, K=257, dtype=torch.float32)
+        with pytest.raises(ValueError, match="K = 257"):
+            gated_linear_attention(**inputs, impl="triton")
+
+    def compare(self, inputs, d, **options):
+        exact = evaluate(oracle, inputs, d, scale=0.5, **options)
+        run = partial(gated_linear_attention, scale=0.5, **options)
+        got, chunked = (evaluate(run, inputs, d, impl=impl) for impl in ("triton", "chunked"))
+        for name, x in got.items():
+            eps = torch.finfo(inputs["q"].dtype).eps
+            assert x.dtype == chunked[name].dtype and x.shape == chunked[name].shape
+            allowed = 2 * max(errors(chunked[name], exact[name])) + 2 * eps
+            assert max(errors(x, exact[name])) < allowed, name
+
+
+def on_home(inputs):
+    return {name: x.to(HOME.device) for name, x in inputs.items()}
