@@ -170,8 +170,9 @@ class GSAConfig(PreTrainedConfig):
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; a guess about the weights is not saved."""
-        return {key: v for key, v in super().to_dict().items() if key != "_eps_follows_layout"}
+        """As in transformers, without guesses about weights, and fields the mixer has not."""
+        left_out = {"_eps_follows_layout"} | (MIXER_KEYS - self._mixer_fields())
+        return {key: v for key, v in super().to_dict().items() if key not in left_out}
 
     def _without_dead_keys(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Drops what is known to do nothing, takes over misspelt keys, refuses what is unknown."""

@@ -163,6 +163,15 @@ def test_mlp_width_follows_the_published_rule():
     assert GSAConfig(hidden_size=4096, intermediate_size=14336).mlp_width == 14336
 
 
+@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet"])
+def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
+    config = GSAConfig(**(BASE | {"mixer": mixer, "num_slots": 64}))
+    config.save_pretrained(tmp_path)
+    saved = set(json.loads((tmp_path / "config.json").read_text()))
+    assert ("num_slots" in saved, "gate_low_rank" in saved) == (mixer == "gsa", mixer == "gla")
+    assert GSAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
