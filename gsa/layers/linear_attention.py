@@ -16,7 +16,7 @@ from gsa.ops.types import Impl, compute_dtype
 
 
 def head_decays(heads: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """log(1 - 2^(-5-g)) for head g = 0, 1, …: [G] (RetNet, arXiv 2307.08621, Eq. 8)."""
+    """log(1 - 2^(-5-g)) for head g = 0, 1, …: [G], RetNet's (arXiv 2307.08621)."""
     head = torch.arange(heads, device=device, dtype=dtype)
     return torch.log1p(-(2.0 ** (-5.0 - head)))
 

@@ -217,11 +217,10 @@ def gated_linear_attention(
         memory_t = Diag(exp(log_decay_t)) · memory_{t-1} + k_t ⊗ v_t
         output_t = scale · memory_tᵀ q_t
 
-    "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv 2312.06635),
-    Eq. 3; with one constant decay per head "Retentive Network" (arXiv 2307.08621), Eq. 6; with
-    log_decay 0 plain linear attention without a normaliser. Differentiable in every floating
-    argument, the initial memory included, from both results. Time is linear in T. No input is
-    modified.
+    "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv 2312.06635); with
+    one constant decay per head "Retentive Network" (arXiv 2307.08621); with log_decay 0 plain
+    linear attention without a normaliser. Differentiable in every floating argument, the initial
+    memory included, from both results. Time is linear in T. No input is modified.
 
     Args:
         q: [B, T, H, K], fp64, fp32, bf16 or fp16; k and v share its dtype. Any strides.
