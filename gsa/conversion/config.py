@@ -1,7 +1,7 @@
 """What `gsa convert` can be asked for."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from gsa.layers.options import check_choice, check_positive_int, check_positive_number
 
@@ -9,35 +9,49 @@ Target = Literal["gsa", "gla", "retnet", "supra"]
 GateInit = Literal["normal", "spread", "pooled_keys"]
 FeatureMapName = Literal["auto", "swish", "relu", "identity", "t2r"]
 
-TARGETS: dict[Target, dict[str, Any]] = {
-    "gsa": {"feature_map": "swish"},
-    "gla": {
-        "mixer": "gla",
-        "feature_map": "relu",
-        "value_activation": "identity",
-        "scale": "rsqrt_key",
-    },
-    "retnet": {
-        "mixer": "retnet",
-        "feature_map": "relu",
-        "value_activation": "identity",
-        "scale": "rsqrt_key",
-    },
-    "supra": {"mixer": "retnet", "feature_map": "t2r", "value_activation": "identity"},
+
+@dataclass(frozen=True, kw_only=True)
+class TargetMixer:
+    """What takes attention's place for one target, and which options it has."""
+
+    keys: dict[str, Any]
+    """Keys of GSAConfig that make the mixer what its name says."""
+    slots: int | None = None
+    """If none are asked for; None where there are none."""
+    tau: float | None = None
+    """If none is asked for; None where gates do not depend on the token."""
+    rotates: bool = False
+    """Whether queries and keys are rotated, asked for or not."""
+    window: bool = False
+    """Whether a softmax branch can stand beside it."""
+    gate_inits: tuple[GateInit, ...] = ("normal",)
+
+
+_AS_IN_ATTENTION = {"value_activation": "identity", "scale": "rsqrt_key"}
+
+TARGETS: dict[Target, TargetMixer] = {
+    "gsa": TargetMixer(
+        keys={"feature_map": "swish"},
+        slots=64,
+        tau=8.0,
+        window=True,
+        gate_inits=get_args(GateInit),
+    ),
+    "gla": TargetMixer(
+        keys={"mixer": "gla", "feature_map": "relu", **_AS_IN_ATTENTION},
+        tau=16.0,
+        gate_inits=("normal", "spread"),
+    ),
+    "retnet": TargetMixer(
+        keys={"mixer": "retnet", "feature_map": "relu", **_AS_IN_ATTENTION}, rotates=True
+    ),
+    "supra": TargetMixer(
+        keys={"mixer": "retnet", "feature_map": "t2r", "value_activation": "identity"},
+        rotates=True,
+    ),
 }
-"""Keys of GSAConfig that make a mixer what its name says, as teachers were converted to it: gla and
-retnet in "Gated Slot Attention", §4.2 (relu, no output gate), supra in arXiv 2405.06640."""
-
-TAUS: dict[Target, float] = {"gsa": 8.0, "gla": 16.0}
-"""tau of the targets whose gates depend on the token, as in their papers."""
-
-POSITIONED: tuple[Target, ...] = ("retnet", "supra")
-"""Targets that always rotate queries and keys."""
-
-GATE_INITS: dict[Target, tuple[GateInit, ...]] = {
-    "gsa": get_args(GateInit),
-    "gla": ("normal", "spread"),
-}
+"""As teachers were converted to them: gla and retnet in "Gated Slot Attention", §4.2 (relu, no
+output gate), supra in arXiv 2405.06640."""
 
 MODEL_KEYS = (
     *("gate", "value_activation", "slot_activation", "scale", "output_norm", "output_norm_eps"),
@@ -113,29 +127,24 @@ class ConvertConfig:
 
     def _settle_target(self) -> None:
         """Fills in what the target has of its own; ValueError for what it has not."""
-        known = GATE_INITS.get(self.target, ("normal",))
-        unfit = {
-            "slots": self.target != "gsa" and self.slots is not None,
-            "tau": self.target not in TAUS and self.tau is not None,
-            "window": self.target != "gsa" and self.window != 0,
-            "gate_init": self.gate_init not in known,
-        }
-        for name in (name for name, wrong in unfit.items() if wrong):
-            expected = " or ".join(known) if name == "gate_init" else "none"
-            raise ValueError(
-                f"{name}: expected {expected} with target {self.target}, got {getattr(self, name)}"
-            )
-        own: dict[str, Any] = {"feature_map": TARGETS[self.target]["feature_map"]}
-        own = {} if self.feature_map != "auto" else own
-        if self.slots is None and self.target == "gsa":
-            own["slots"] = 64
-        if self.tau is None and self.target in TAUS:
-            own["tau"] = TAUS[self.target]
-        if self.target in POSITIONED:
-            own["rope"] = True
-        for name, value in own.items():
-            object.__setattr__(self, name, value)
+        target = TARGETS[self.target]
+        for name, own in (("slots", target.slots), ("tau", target.tau)):
+            if own is None and getattr(self, name) is not None:
+                self._refuse(name, "none")
+            elif getattr(self, name) is None:
+                object.__setattr__(self, name, own)
+        if self.window and not target.window:
+            self._refuse("window", "none")
+        if self.gate_init not in target.gate_inits:
+            self._refuse("gate_init", " or ".join(target.gate_inits))
+        if self.feature_map == "auto":
+            object.__setattr__(self, "feature_map", target.keys["feature_map"])
+        object.__setattr__(self, "rope", self.rope or target.rotates)
         if self.slots is not None:
             check_positive_int("slots", self.slots)
         if self.tau is not None:
             check_positive_number("tau", self.tau)
+
+    def _refuse(self, name: str, expected: str) -> NoReturn:
+        got = getattr(self, name)
+        raise ValueError(f"{name}: expected {expected} with target {self.target}, got {got}")

@@ -173,10 +173,10 @@ def _yarn(given: dict[str, Any]) -> dict[str, float]:
 
 def _mixer(options: ConvertConfig) -> dict[str, Any]:
     """Keys that the target and the options say; those of `options.model` come first."""
-    keys = TARGETS[options.target] | {"feature_map": options.feature_map}
+    keys = TARGETS[options.target].keys | {"feature_map": options.feature_map}
     if options.tau is not None:
         keys["gate_logit_normalizer"] = options.tau
-    if options.target == "gsa":
+    if options.slots is not None:
         keys |= {"num_slots": options.slots, "gate_bias": options.gate_init == "spread"}
     return keys | options.model
 
