@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 import gsa
 from gsa.data import MixedShards, TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.model import GSAForCausalLM
+from gsa.model.loading import without_bars
 from gsa.training.config import TrainConfig
 from gsa.training.curves import short_number, smoothed, smoothing
 from gsa.training.distributed import is_sharded
@@ -189,13 +189,8 @@ def finish(
 
 
 def _load(folder: Path, device: torch.device) -> Any:
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         return GSAForCausalLM.from_pretrained(folder).to(device)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _epochs(train: TokenShards | MixedShards, tokens: int) -> str:
