@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gsa.generation.prefill import read
+from gsa.generation.prefill import Reading
 from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
 from gsa.generation.state import ModelState, fingerprint
 from gsa.generation.step import StatePool, StepBlock
@@ -136,9 +136,13 @@ class Decoder:
         Reads in chunks: memory does not depend on T (but for what softmax layers of a hybrid keep).
         ValueError for no tokens at all, ids that the model has not, or a state of another model.
         """
+        return self.reading(tokens, state).finish()
+
+    def reading(self, tokens: Sequence[int] | Tensor, state: ModelState | None = None) -> Reading:
+        """What `prefill` does, to be done chunk by chunk between steps; its errors."""
         if state is not None:
             self._check(state)
-        return read(self.model, tokens, state, self.fingerprint)
+        return Reading(self.model, tokens, state, self.fingerprint)
 
     def _check(self, state: ModelState) -> None:
         if state.fingerprint != self.fingerprint:
@@ -216,6 +220,11 @@ class Decoder:
         if self._flights and (not texts or len(self._flights) > self.lag):
             return self._land(self._flights.popleft())
         return []
+
+    @property
+    def taken(self) -> int:
+        """Rows that were started and not released yet."""
+        return sum(text is not None for text in self._texts)
 
     @property
     def idle(self) -> bool:
