@@ -51,8 +51,6 @@ def run(config: ServeConfig) -> None:
         server.run(sockets=[listener])
     if service.engine.failed:
         raise RuntimeError("the decoder failed; see above")
-    if server.force_exit:
-        raise KeyboardInterrupt
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -97,14 +95,14 @@ def build_service(config: ServeConfig) -> tuple[Service, Metrics]:
 
 
 class Server(uvicorn.Server):
-    """Says where it listens. The first signal lets answers finish, the second ends all at once."""
+    """Says where it listens. The first signal lets answers finish, a second cuts them off."""
 
     def __init__(
         self, settings: uvicorn.Config, engine: Engine, config: ServeConfig, listener: socket.socket
     ):
         super().__init__(settings)
-        self._engine, self._asked, self._listener = engine, None, listener
-        self._config = config
+        self._engine, self._config, self._listener = engine, config, listener
+        self._deadline: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -114,14 +112,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # Within a signal handler: no lock, no call into the loop; on_tick looks ten times a second.
-        if self._asked is not None:
-            self.should_exit = self.force_exit = True
-        self._asked = self._asked or time.monotonic()
+        grace = 0 if self._deadline else self._config.grace
+        self._deadline = time.monotonic() + grace
 
     async def on_tick(self, counter: int) -> bool:
-        if self._asked is not None:
+        if self._deadline is not None:
             self._engine.close()
-            over = time.monotonic() - self._asked > self._config.grace
+            over = time.monotonic() >= self._deadline
             if over:
                 self._engine.stop()
             self.should_exit |= over or self._engine.idle

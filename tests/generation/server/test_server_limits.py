@@ -242,11 +242,16 @@ def test_a_signal_lets_answers_finish_and_refuses_others(folder):
     assert server.errors == []
 
 
-def test_what_outlasts_the_grace_is_cut_off_with_an_error(folder):
-    server = Serving(folder, "--grace", 0.3, "--max-tokens", 100_000)
+@pytest.mark.parametrize("grace", [0.3, 1000])
+def test_what_outlasts_the_grace_or_a_second_signal_is_cut_off(folder, grace):
+    server = Serving(folder, "--grace", grace, "--max-tokens", 100_000)
     stream = server.client().completions.create(**LONG, stream=True)
     next(stream)
     server.process.send_signal(signal.SIGTERM)
+    if grace > 1:
+        while httpx.get(f"{server.url}/health").status_code == 200:
+            pass
+        server.process.send_signal(signal.SIGINT)
     with pytest.raises(openai.APIError, match="shut down meanwhile"):
         for _ in stream:
             pass
