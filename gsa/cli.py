@@ -15,6 +15,7 @@ gsa bench decode [options]                time decoding and prefill beside rival
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
+gsa bench distill FOLDER [options]        what a distillation costs: memory of each GPU, hours
 gsa info                                  versions, devices, implementations
 """
 
@@ -94,8 +95,7 @@ def distill(arguments: list[str]) -> int:
     from gsa.conversion import distill as run
 
     config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
-    result = run(config, command="gsa " + shlex.join(["distill", *arguments]))
-    print(result)
+    result = run(config, command="gsa " + shlex.join(["distill", *arguments]), say=print)
     return 130 if result.signal == signal.SIGINT else 0
 
 
@@ -194,8 +194,8 @@ def _text_alone() -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """time things: gsa bench ops (then plot, tune); models: gsa bench training, decode, cost"""
-    known = ("ops", "plot", "tune", "cost", "training", "decode")
+    """time or cost things: gsa bench ops | plot | tune | training | decode | cost | distill"""
+    known = ("ops", "plot", "tune", "cost", "training", "decode", "distill")
     chosen, rest = _subcommand("bench", known, arguments)
     if chosen == "plot":
         from gsa.benchmark.plot import PlotConfig, bench_plot
@@ -213,6 +213,13 @@ def bench(arguments: list[str]) -> int:
 
         config = _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",))
         bench_cost(config, {name: make().model for name, make in RECIPES.items()})
+        return 0
+    if chosen == "distill":
+        from gsa.benchmark.distill_cost import DistillCostConfig, bench_distill
+
+        bench_distill(
+            _config("gsa bench distill", bench_distill, DistillCostConfig, rest, ("student",))
+        )
         return 0
     if chosen == "training":
         from gsa.benchmark.training import BenchTrainingConfig, bench_training

@@ -23,6 +23,10 @@ SIZES = dict(
     bos_token_id=0,
     eos_token_id=1,
 )
+LESSON = SIZES | dict(initializer_range=0.15)
+"""A teacher to learn from, whose next tokens are not all but certain."""
+ROW = 32
+"""Tokens of a row, when it is learned from."""
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=8.0, low_freq_factor=1.0)
 LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
 LINEAR = dict(rope_type="linear", rope_theta=1e3, factor=4.0)

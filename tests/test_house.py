@@ -29,6 +29,7 @@ DOORS = {
     ("evaluation", "data"),  # held-out text comes as shards
     ("benchmark", "training"),  # training is timed by the engine's own parts
     ("benchmark", "generation"),  # and decoding by the decoder
+    ("benchmark", "conversion"),  # what a distillation costs follows from its stages
     ("cli", "cli_options"),  # options of commands
     ("__main__", "cli"),  # python -m gsa
 }

@@ -5,7 +5,8 @@ from gsa.conversion import ConvertConfig, convert
 
 from gsa.conversion.config import ConvertConfig
 from gsa.conversion.conversion import Conversion, convert
-from gsa.conversion.distillation import DistillConfig, DistillResult, distill
+from gsa.conversion.distill_config import DistillConfig
+from gsa.conversion.distillation import DistillResult, distill
 
 __all__ = [
     "Conversion",

@@ -38,6 +38,8 @@ class ConvertConfig:
     always have it."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay softmax attention as the teacher has it, counted from 0."""
+    keep_all: bool = False
+    """Keep every layer: the teacher itself as a model of ours, to finetune it as students are."""
     window: int = 0
     """Tokens of a softmax branch beside each slot memory, with the teacher's rotary embedding, in a
     share that is learned; 0 for none."""
@@ -65,6 +67,8 @@ class ConvertConfig:
                 raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
         if len(set(self.keep_layers)) < len(self.keep_layers):
             raise ValueError(f"keep_layers: expected each layer once, got {self.keep_layers}")
+        if self.keep_all and self.keep_layers:
+            raise ValueError(f"keep_layers: expected none with keep_all, got {self.keep_layers}")
         unknown = sorted(set(self.model) - set(MODEL_KEYS))
         if unknown:
             raise ValueError(

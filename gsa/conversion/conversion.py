@@ -70,6 +70,9 @@ def convert(config: ConvertConfig) -> Conversion:
     out = Path(config.out)
     _check_free(out)
     teacher = open_teacher(config.teacher)
+    if config.keep_all:
+        layers = tuple(range(teacher.config.num_hidden_layers))
+        config = replace(config, keep_all=False, keep_layers=layers)
     plan = make_plan(teacher, student_config(teacher, config))
     check_new(plan, config)
     tokenizer = tokenizer_files(teacher)

@@ -4,16 +4,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from gsa.data import Batch
 from gsa.layers import GatedSlotAttention, TokenLayout
 from gsa.model.loss import IGNORE, linear_kl, next_tokens
+from gsa.training.distributed import is_sharded
 
 Seen = Callable[[int, Tensor, Tensor], None]
 """(layer, what its attention was given, what it gave), each [1, N, D]."""
@@ -106,28 +109,46 @@ class Align:
 
     def __init__(self, teacher: FrozenTeacher, *, compiled: bool = False):
         self.teacher, self.compiled = teacher, compiled
-        self._mixers: list[Any] | None = None
-
-    def mixers(self, model: Any) -> list[Any]:
-        """Each layer's token mixer; compiled, if asked for, when it is first called."""
-        if self._mixers is None:
-            self._mixers = [block.attn for block in model.model.layers]
-            for mixer in self._mixers if self.compiled else ():
-                mixer.compile(fullgraph=True)
-        return self._mixers
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
+        if not hasattr(model, "gap"):
+            self._prepare(model)
         counts = (next_tokens(batch.labels) != IGNORE)[0]
         layout = TokenLayout.of_packed(
             batch.input_ids.shape[1], batch.input_ids.device, batch.cu_seqlens
         )
-        losses = []
-        pairs = zip(self.mixers(model), self.teacher.attention(batch), strict=True)
-        for mixer, (x, wanted) in pairs:
-            if isinstance(mixer, GatedSlotAttention):
-                gap = (mixer(x, layout).output - wanted)[0].float()
-                losses.append((gap.norm(dim=1) * counts).sum() / gap.shape[1] ** 0.5)
-        return torch.stack(losses).mean()
+        return model.gap(self.teacher.attention(batch), layout, counts)
+
+    def _prepare(self, model: Any) -> None:
+        """Gives the model and its blocks ways in besides `forward`.
+
+        A sharded model gathers a block's weights on that way too; mixers are compiled, if asked
+        for, when they are first called.
+        """
+        for block in model.model.layers:
+            if self.compiled:
+                block.attn.compile(fullgraph=True)
+            block.mix = MethodType(_mix, block)
+            register_fsdp_forward_method(block, "mix")
+        model.gap = MethodType(_gap, model)
+        register_fsdp_forward_method(model, "gap")
+
+
+def _gap(
+    model: Any, wanted: list[tuple[Tensor, Tensor]], layout: TokenLayout, counts_N: Tensor
+) -> Tensor:
+    """How far slot layers are from what is wanted: (what each was given, what it was to give)."""
+    losses = []
+    for block, (x, y) in zip(model.model.layers, wanted, strict=True):
+        if isinstance(block.attn, GatedSlotAttention):
+            # With a gradient to hand on, a sharded block lets its weights go as soon as it may.
+            gap = (block.mix(x.requires_grad_(is_sharded(model)), layout) - y)[0].float()
+            losses.append((gap.norm(dim=1) * counts_N).sum() / gap.shape[1] ** 0.5)
+    return torch.stack(losses).mean()
+
+
+def _mix(block: Any, x_BTD: Tensor, layout: TokenLayout) -> Tensor:
+    return block.attn(x_BTD, layout).output
 
 
 class Kl:

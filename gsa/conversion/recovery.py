@@ -1,6 +1,8 @@
-"""How much of a teacher its student has: both read the same held-out text."""
+"""How much of a teacher its student has: both read the same held-out text and answer questions."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,9 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gsa.conversion.objectives import FrozenTeacher
+from gsa.conversion.recall import CHANCE, Questions, Recall, recall
 from gsa.data import TokenShards, validation_batches
 from gsa.model.loss import IGNORE, next_tokens
-from gsa.training.objective import to_device
+from gsa.training.distributed import Team
+from gsa.training.objective import num_targets, to_device
+
+BRANCHES = {"slots alone": 0.0, "window alone": 1.0}
+"""Of a layer with both: what is left, and the window's share then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,39 +52,125 @@ class Recovery:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What was measured of a student, or of one of its branches; None where nothing was asked."""
+
+    recovery: Recovery | None = None
+    recall: Recall | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {} if self.recovery is None else self.recovery.to_dict()
+        return found if self.recall is None else found | {"recall": self.recall.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A student beside its teacher.
+
+    branches: of a student with a window beside its slots, each branch without the other.
+    """
+
+    student: Finding
+    teacher_recall: Recall | None
+    branches: dict[str, Finding]
+
+    def to_dict(self) -> dict[str, Any]:
+        found = self.student.to_dict()
+        if self.teacher_recall is not None:
+            found["teacher_recall"] = self.teacher_recall.to_dict()
+        if self.branches:
+            found["branches"] = {name: one.to_dict() for name, one in self.branches.items()}
+        return found
+
+    def table(self) -> str:
+        """All of it as a table in Markdown, with what it says about chance below."""
+        distances = [] if self.teacher_recall is None else list(self.teacher_recall.shares)
+        heads = ["perplexity", "× the teacher's", "divergence", "same token first"]
+        heads = heads if self.student.recovery else []
+        heads += [f"recall at {distance}" for distance in distances]
+        lines = [f"| | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+        read = self.student.recovery
+        cells = [] if read is None else [f"{read.perplexities[1]:.3f}", "1", "0", "100.0%"]
+        lines.append(_row("teacher", [*cells, *_shares(self.teacher_recall)]))
+        for name, one in {"student": self.student, **self.branches}.items():
+            lines.append(_row(name, [*_cells(one.recovery), *_shares(one.recall)]))
+        if not distances:
+            return "\n".join(lines)
+        assert self.teacher_recall is not None
+        said = (
+            f"Recall: of {self.teacher_recall.texts} texts, how often the answer to a question "
+            "comes first, so many tokens after the fact was stated; naming any of the answers in "
+            f"sight is right in {CHANCE:.0%}."
+        )
+        return "\n".join(lines) + f"\n\n{said}"
+
+
+def compare(
+    student: Any,
+    teacher: FrozenTeacher,
+    held_out: TokenShards | None,
+    questions: list[Questions],
+    *,
+    most_tokens: int,
+    team: Team,
+) -> Comparison:
+    """Both on the first rows of the held-out text, about `most_tokens` of them, and on questions.
+
+    held_out: None for no text to read. questions: may be none.
+    """
+
+    def finding() -> Finding:
+        read = None
+        if held_out is not None:
+            read = recovery(student, teacher, held_out, most_tokens=most_tokens, team=team)
+        return Finding(recovery=read, recall=_recall(student, teacher, questions, team))
+
+    both, branches = finding(), {}
+    if _windows(student):
+        for name, share in BRANCHES.items():
+            with _window_share(student, share):
+                branches[name] = finding()
+    theirs = _recall(teacher.model, teacher, questions, team)
+    return Comparison(student=both, teacher_recall=theirs, branches=branches)
+
+
 @torch.no_grad()
 def recovery(
-    student: Any, teacher: FrozenTeacher, held_out: TokenShards, *, most_tokens: int
+    student: Any, teacher: FrozenTeacher, held_out: TokenShards, *, most_tokens: int, team: Team
 ) -> Recovery:
     """Both on the first rows of the held-out text, about `most_tokens` of them.
 
-    Rows and documents begin anew, as in training. Logits of one row are held at a time.
+    Rows and documents begin anew, as in training. Logits of one row are held at a time. Each
+    process reads every world-th row.
     """
     was_training, device = student.training, torch.device(teacher.device)
     student.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     try:
-        for batch in validation_batches(held_out, seq_len=teacher.seq_len, rows=1):
-            batch = to_device(batch, device)
-            targets = next_tokens(batch.labels)[0]
-            counts = targets != IGNORE
-            autocast = torch.autocast(
-                device.type, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16
-            )
-            with autocast:
-                own = student(input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens).logits[0]
-                theirs = teacher.hidden(batch) @ teacher.head_WD.T
-            sums += _measures(own[counts], theirs[counts], targets[counts]).cpu()
-            tokens += int(counts.sum())
+        batches = validation_batches(held_out, seq_len=teacher.seq_len, rows=1)
+        for number, batch in enumerate(batches):
+            tokens += num_targets(batch)
+            if number % team.world == team.rank:
+                sums += _read(student, teacher, to_device(batch, device)).cpu()
             if tokens >= most_tokens:
                 break
     finally:
         student.train(was_training)
     if not tokens:
         raise ValueError("validation: expected text with at least one token to predict")
-    own, theirs, kl, same = (sums / tokens).tolist()
+    own, theirs, kl, same = (team.sum(sums) / tokens).tolist()
     return Recovery(tokens=tokens, student=own, teacher=theirs, kl=kl, agreement=same)
+
+
+def _read(student: Any, teacher: FrozenTeacher, batch: Any) -> Tensor:
+    targets = next_tokens(batch.labels)[0]
+    counts = targets != IGNORE
+    with _precision(teacher):
+        own = student(input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens).logits[0]
+        theirs = teacher.hidden(batch) @ teacher.head_WD.T
+    return _measures(own[counts], theirs[counts], targets[counts])
 
 
 def _measures(own_NW: Tensor, theirs_NW: Tensor, targets_N: Tensor) -> Tensor:
@@ -90,3 +183,51 @@ def _measures(own_NW: Tensor, theirs_NW: Tensor, targets_N: Tensor) -> Tensor:
         (log_q.argmax(1) == log_p.argmax(1)).sum(),
     )
     return torch.stack([part.double() for part in parts])
+
+
+def _recall(
+    model: Any, teacher: FrozenTeacher, questions: list[Questions], team: Team
+) -> Recall | None:
+    if not questions:
+        return None
+    with _precision(teacher):
+        return recall(model, questions, team)
+
+
+def _precision(teacher: FrozenTeacher) -> torch.autocast:
+    device = torch.device(teacher.device).type
+    return torch.autocast(device, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16)
+
+
+def _windows(student: Any) -> list[Any]:
+    """Token mixers with a window beside their slots."""
+    mixers = (block.attn for block in student.model.layers)
+    return [one for one in mixers if getattr(one.options, "window_branch", None) is not None]
+
+
+@contextmanager
+def _window_share(student: Any, share: float) -> Iterator[None]:
+    """Meanwhile windows have that share, 0 or 1, whatever was learned."""
+    try:
+        for mixer in _windows(student):
+            mixer.window_share = share
+        yield
+    finally:
+        for mixer in _windows(student):
+            mixer.window_share = None
+
+
+def _cells(found: Recovery | None) -> list[str]:
+    if found is None:
+        return []
+    student, teacher = found.perplexities
+    ratio = f"{student / teacher:.3f}"
+    return [f"{student:.3f}", ratio, f"{found.kl:.4f}", f"{found.agreement:.1%}"]
+
+
+def _shares(found: Recall | None) -> list[str]:
+    return [] if found is None else [f"{share:.0%}" for share in found.shares.values()]
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"

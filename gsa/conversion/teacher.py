@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,18 @@ def open_teacher(folder: str | Path) -> Teacher:
         FileNotFoundError: no such folder, no config, weights that the index names are not there.
         ValueError: another family, quantised weights, a damaged file, weights that do not fit.
     """
+    teacher = open_config(folder)
+    weights = _entries(teacher.folder)
+    left_out = [name for name in weights if is_left_out(name)]
+    weights = {name: entry for name, entry in weights.items() if name not in left_out}
+    teacher = replace(teacher, weights=weights, left_out=tuple(left_out))
+    if teacher.config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= set(weights):
+        return _without_tied_head(teacher)
+    return teacher
+
+
+def open_config(folder: str | Path) -> Teacher:
+    """The same without weights: its config.json is enough. Raises as for that."""
     folder = Path(folder)
     family = _family(folder)
     from huggingface_hub.errors import StrictDataclassError
@@ -85,13 +97,7 @@ def open_teacher(folder: str | Path) -> Teacher:
         raise ValueError(
             f"teacher: expected a {CONFIG} that transformers can read, got {error!r}"
         ) from error
-    weights = _entries(folder)
-    left_out = [name for name in weights if is_left_out(name)]
-    weights = {name: entry for name, entry in weights.items() if name not in left_out}
-    teacher = Teacher(folder, config, family, weights, tuple(left_out))
-    if config.tie_word_embeddings and {HEAD, EMBEDDINGS} <= set(weights):
-        return _without_tied_head(teacher)
-    return teacher
+    return Teacher(folder, config, family, {}, ())
 
 
 def _family(folder: Path) -> Family:

@@ -19,7 +19,8 @@ from torch import Tensor
 from gsa.generation.prefill import Reading
 from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
 from gsa.generation.state import ModelState, fingerprint
-from gsa.generation.step import StatePool, StepBlock
+from gsa.generation.step import Head, StatePool, StepBlock
+from gsa.generation.thin_block import ThinBlock, ThinHead, takes_thin_blocks
 from gsa.layers.token_layout import TokenLayout
 
 
@@ -92,7 +93,10 @@ class Decoder:
             raise ValueError(f"compile: expected False on {self.device}, got True")
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
-        self.blocks = [StepBlock(block) for block in model.model.layers]
+        self.is_thin = takes_thin_blocks(model, rows)
+        block_type = ThinBlock if self.is_thin else StepBlock
+        self.blocks = [block_type(block) for block in model.model.layers]
+        self.head = ThinHead(model) if self.is_thin else Head(model)
         capacity = int(capacity or model.config.max_position_embeddings)
         self.pool = StatePool([block.attn for block in self.blocks], rows, capacity)
         self.choices = Choices(rows, model.config.vocab_size, self.device)
@@ -106,7 +110,7 @@ class Decoder:
         self._flights: deque[Flight] = deque()
         self._boxes = [self._new_box() for _ in range(3)]
         self._graphs: dict[Needs, Any] = {}
-        self._finish_step = self._finish
+        self._choose_step = self._choose
         if compile:
             self._compile()
 
@@ -117,10 +121,10 @@ class Decoder:
         # Tuned by coordinate descent, products with one row become reductions fused with what
         # is around them, which read weights faster than matrix products do.
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
-        for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False, options=options)
-        self._finish_step = torch.compile(
-            self._finish, fullgraph=True, dynamic=False, options=options
+        for part in () if self.is_thin else (*self.blocks, self.head):
+            part.compile(fullgraph=True, dynamic=False, options=options)
+        self._choose_step = torch.compile(
+            self._choose, fullgraph=True, dynamic=False, options=options
         )
 
     @cached_property
@@ -277,11 +281,10 @@ class Decoder:
         x_P1D = self.model.model.embeddings(self.token[:, None])
         for block, state in zip(self.blocks, self.pool.layers, strict=True):
             x_P1D = block(x_P1D, layout, state)
-        self._finish_step(x_P1D, needs)
+        self._choose_step(self.head(x_P1D), needs)
 
-    def _finish(self, x_P1D: Tensor, needs: Needs) -> None:
-        """From the last block's output to the next token, and what follows from it."""
-        logits_PW = self.model.lm_head(self.model.model.norm(x_P1D))[:, 0]
+    def _choose(self, logits_PW: Tensor, needs: Needs) -> None:
+        """From logits to the next token, and what follows from it."""
         was_live = self.live.clone()
         position = self.position + was_live
         chosen = torch.where(was_live, sample(logits_PW, self.choices, position, needs), self.token)

@@ -58,6 +58,17 @@ class StepBlock(nn.Module):
         return x_P1D + self.down_proj(F.silu(gate) * up)
 
 
+class Head(nn.Module):
+    """Logits [P, W] of what the last block returns, [P, 1, D]: the model's norm and head."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.norm, self.lm_head = model.model.norm, model.lm_head
+
+    def forward(self, x_P1D: Tensor) -> Tensor:
+        return self.lm_head(self.norm(x_P1D))[:, 0]
+
+
 def _plain(layer: Any) -> nn.Linear:
     if not is_linear(layer):
         raise ValueError(

@@ -118,6 +118,14 @@ def flops_per_token(config: GSAConfig, tokens: int) -> TokenFlops:
     )
 
 
+def mixer_flops(options: Options, tokens: int) -> float:
+    """A forward pass of one layer's token mixer, per token of sequences of `tokens` tokens."""
+    slots = isinstance(options, SlotAttentionOptions)
+    products = _projections(options) + (_feature_products(options) if slots else 0)
+    own = memory_flops(options) if slots else 0
+    return 2 * products + own + _attention_flops(options, tokens)
+
+
 def memory_flops(options: SlotAttentionOptions) -> int:
     """The operator's FLOPs per token of one layer, forward, as a recurrence: (H + G)·2·M·(K+V)."""
     heads = options.num_heads + options.kv_heads

@@ -8,9 +8,10 @@
         state.json                           step, position in the data, counters; settings
         manifest.json                        size and SHA-256 of each of these files; written last
 
-Of several processes, weights and moments are in `shards/`, a file of each process with the parts
-that it holds, and `rng-00000.safetensors`, ... are as many. Both kinds are read by any number of
-processes.
+Adapters (`TrainConfig.lora`) are in model.safetensors beside the weights they belong to;
+`gsa export` adds them up. Of several processes, weights and moments are in `shards/`, a file of
+each process with the parts that it holds, and `rng-00000.safetensors`, ... are as many. Both kinds
+are read by any number of processes.
 
 A save goes to `step-00000200.incomplete`, is forced to disk, and then renamed.
 """
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from gsa.training.distributed import Team
 from gsa.training.errors import RunError
-from gsa.training.export import saved_tensors, write_model
+from gsa.training.export import saved_tensors, write_config, write_weights
 from gsa.training.files import files_under, sha256, sync, write_json
 from gsa.training.optimizer import Optimizers, empty_state, flat_state
 
@@ -111,7 +112,8 @@ def save_checkpoint(
     folder = checkpoints / f"step-{state['step']:08d}"
     try:
         partial = begin(folder)
-        write_model(partial, model, tokenizer)
+        write_config(partial, model, tokenizer)
+        write_weights(partial, saved_tensors(model))
         save_file(flat_state(model, optimizer), partial / "optimizer.safetensors")
         save_file(rng_state(model), partial / f"{RNG}.safetensors")
         write_json(partial / STATE, state)

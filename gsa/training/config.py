@@ -11,7 +11,7 @@ OptimizerName = Literal["adamw", "muon"]
 _AT_LEAST_ONE = ("seq_len", "rows", "accumulation", "steps", "keep_checkpoints", "validation_rows")
 _AT_LEAST_ZERO = (
     *("warmup", "seed", "validation_interval", "checkpoint_interval", "nan_limit"),
-    "recompute",
+    *("recompute", "lora"),
 )
 
 FREE_TO_CHANGE = frozenset(
@@ -59,6 +59,9 @@ class TrainConfig:
     rates: dict[str, float] = field(default_factory=dict)
     """Factors on lr by a part of parameters' names; the longest that fits counts, 1 if none does. A
     factor of 0 leaves parameters as they are."""
+    lora: int = 0
+    """Rank of adapters on the projections q, k, v and o of token mixers, which are trained in their
+    place and added to them in the final model; 0 for none."""
     seq_len: int = 1024
     """Tokens per row; the memory starts empty at each row and each document."""
     rows: int = 8

@@ -9,16 +9,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from gsa.training.adapters import merged
 from gsa.training.files import WEIGHTS, files_under, sync
 
 
 def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
     """Write config, generation config, tokenizer files and, last, the weights into `folder`.
 
-    Weights of tied parameters are written once. The files are not forced to disk.
+    Weights of tied parameters are written once, adapters added to theirs. The files are not forced
+    to disk.
     """
     write_config(folder, model, tokenizer)
-    write_weights(folder, saved_tensors(model))
+    write_weights(folder, merged(saved_tensors(model)))
 
 
 def write_config(folder: Path, model: Any, tokenizer: Path) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
+from gsa.training.adapters import is_adapted, merged
 from gsa.training.checkpoint import (
     MANIFEST,
     RNG,
@@ -25,7 +27,7 @@ from gsa.training.checkpoint import (
 from gsa.training.distributed import Team
 from gsa.training.errors import RunError
 from gsa.training.export import write_weights
-from gsa.training.files import CHECKPOINTS, files_under, sync
+from gsa.training.files import CHECKPOINTS, WEIGHTS, files_under, sync
 
 _NOT_THE_MODEL = (MANIFEST, STATE, SHARDS, f"{RNG}*.safetensors", "optimizer.safetensors")
 
@@ -67,7 +69,10 @@ def export_run(config: ExportConfig) -> Path:
 
 
 def write_from_checkpoint(folder: Path, checkpoint: Path) -> None:
-    """Write the model of a checkpoint, whole or in shards, into `folder`; the weights last."""
+    """Write the model of a checkpoint, whole or in shards, into `folder`; the weights last.
+
+    Adapters are added to their weights.
+    """
     shutil.copytree(
         checkpoint, folder, ignore=shutil.ignore_patterns(*_NOT_THE_MODEL), dirs_exist_ok=True
     )
@@ -81,7 +86,11 @@ def write_from_checkpoint(folder: Path, checkpoint: Path) -> None:
             },
             Team(),
         )
-        write_weights(folder, weights)
+        write_weights(folder, merged(weights))
+        return
+    with safe_open(folder / WEIGHTS, framework="pt") as stored:
+        if is_adapted(stored.keys()):
+            write_weights(folder, merged(load_file(folder / WEIGHTS)))
 
 
 def _choose(source: Path) -> Checkpoint:

@@ -83,10 +83,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizers:
     return Optimizers(members)
 
 
-def rate_of(parameter: str, config: TrainConfig) -> float:
-    """The factor on lr for the parameter of that name; 0 freezes it."""
-    fitting = [part for part in config.rates if part in parameter]
-    return config.rates[max(fitting, key=len)] if fitting else 1.0
+def rate_of(parameter: str, rates: dict[str, float]) -> float:
+    """The factor on lr for the parameter of that name; 0 freezes it. rates: as in TrainConfig."""
+    fitting = [part for part in rates if part in parameter]
+    return rates[max(fitting, key=len)] if fitting else 1.0
 
 
 def _groups(
@@ -95,7 +95,7 @@ def _groups(
     """Groups of equal `rate_of`."""
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        by_rate.setdefault(rate_of(name, config), []).append(parameter)
+        by_rate.setdefault(rate_of(name, config.rates), []).append(parameter)
     return [
         {"params": members, "weight_decay": weight_decay, "rate": rate}
         for rate, members in by_rate.items()
@@ -117,16 +117,16 @@ def empty_state(
 ) -> dict[str, Tensor]:
     """Gives the optimizer zeros for the `flat_state` that is stored, and returns them to be filled.
 
-    ValueError unless that has exactly this model's parameters and shapes. No state at all is that
-    of an optimizer that has not stepped yet.
+    ValueError unless that has this model's trained parameters and shapes. One that has never had a
+    gradient, and any before the first step, has none.
     """
     entries = {key: value for key, value in stored.items() if key.startswith("state.")}
     parameters = dict(model.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     found = {key.removeprefix("state.").rpartition(".")[0] for key in entries}
-    if found and found != trained:
-        odd = ", ".join(sorted(found ^ trained))
-        raise ValueError(f"optimizer state: expected this model's parameters, differing in: {odd}")
+    if not found <= trained:
+        odd = ", ".join(sorted(found - trained))
+        raise ValueError(f"optimizer state: expected this model's trained parameters, got {odd}")
     state = {}
     for key, entry in entries.items():
         name, _, moment = key.removeprefix("state.").rpartition(".")

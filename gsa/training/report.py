@@ -113,7 +113,8 @@ def report_text(
 ) -> str:
     """The text of report.md."""
     unit = token_unit(train)
-    parameters = sum(p.numel() for p in model.parameters())
+    own = (p for name, p in model.named_parameters() if ".lora_" not in name)
+    parameters = sum(p.numel() for p in own)
     minutes = state["seconds"] / 60
     rows = [
         ("parameters", f"{parameters:,}"),

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.training.adapters import adapt
 from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team
@@ -93,7 +94,9 @@ def build_model(
         model = GSAForCausalLM(model_config)
     model.to(torch.float32 if config.master_weights else torch.bfloat16)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(rate_of(name, config) > 0)
+        parameter.requires_grad_(rate_of(name, config.rates) > 0)
+    if config.lora:
+        adapt(model, config.lora, config.seed)
     if team.mesh is None:
         model.to(device)
         if config.dtype == "bf16":

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -9,57 +11,28 @@ import time
 from dataclasses import replace
 
 import pytest
-import teachers
 import torch
 from safetensors.torch import load_file
+from teachers import LESSON, ROW
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gsa.conversion import ConvertConfig, DistillConfig, convert, distill
+from gsa.cli import main
+from gsa.conversion import ConvertConfig, convert, distill
+from gsa.conversion.distillation import _questions
 from gsa.conversion.objectives import Align, FrozenTeacher, Kl
+from gsa.conversion.recall import recall
+from gsa.conversion.recovery import recovery
 from gsa.conversion.stages import parse_stage, planned
-from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
+from gsa.data import PackedRows, TokenShards
 from gsa.model import GSAForCausalLM
 from gsa.training import RunError
+from gsa.training.adapters import PROJECTIONS
+from gsa.training.distributed import Team
+from gsa.training.export_run import ExportConfig, export_run
 from gsa.training.metrics import read_metrics
 
-WORDS = ["the", "slot", "forgets", "what", "gate", "lets", "go", "and", "remembers", "was", "read"]
-T = 32
-SIZES = teachers.SIZES | dict(initializer_range=0.15)
-
-
-@pytest.fixture
-def lesson(save, tmp_path):
-    """(teacher's folder, its model, student's folder, training shards, held-out shards)"""
-    teacher, model = save(LlamaConfig(**SIZES))
-    student = tmp_path / "student"
-    convert(ConvertConfig(teacher=str(teacher), out=str(student), slots=8, keep_layers=(1,)))
-    rng = torch.Generator().manual_seed(0)
-    shards = []
-    for name, documents in (("train", 300), ("held-out", 20)):
-        text = tmp_path / f"{name}.jsonl"
-        with text.open("w") as file:
-            for _ in range(documents):
-                words = torch.randint(len(WORDS), (int(torch.randint(3, 40, (1,), generator=rng)),),
-                                      generator=rng)  # fmt: skip
-                file.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
-        out = str(tmp_path / name)
-        prepare(PrepareConfig(inputs=(str(text),), out=out, tokenizer=str(teacher), quiet=True))
-        shards.append(out)
-    return teacher, model, student, *shards
-
-
-@pytest.fixture
-def make_config(lesson, tmp_path):
-    def make(**options):
-        base = DistillConfig(
-            student=str(lesson[2]), data=lesson[3], validation=lesson[4],
-            out=str(tmp_path / "run"), preset="smoke", tokens=40 * 4 * T, seq_len=T, rows=4,
-            checkpoint_interval=10,
-        )  # fmt: skip
-        return replace(base, **options)
-
-    return make
+T = ROW
 
 
 def a_batch(shards, rows=3):
@@ -164,13 +137,128 @@ def test_every_stage_learns_and_the_student_comes_nearer(make_config, lesson):
     assert said["agreement"] == pytest.approx(sums["same"] / sums["tokens"], abs=0.01)
     report = (result.model.parent / "report.md").read_text()
     assert "| 2 | kl |" in report and "perplexity" in report
-    assert distill(config).recovery == result.recovery, "a second call has nothing to do"
+    assert "| student |" in report and "recall at 48" in report
+    assert said["recall"].keys() == {"texts", "shares", "chance"} == said["teacher_recall"].keys()
+    assert distill(config).comparison == result.comparison, "a second call has nothing to do"
+
+
+def test_each_branch_is_switched_off(make_config, lesson, tmp_path):
+    """Its numbers are those of the saved student with the share set by hand."""
+    hybrid = tmp_path / "hybrid"
+    convert(ConvertConfig(teacher=str(lesson[0]), out=str(hybrid), slots=8, window=6))
+    config = make_config(student=str(hybrid), tokens=20 * 4 * T)
+    result = distill(config)
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())
+    teacher = FrozenTeacher(lesson[0], T, "cpu", torch.float32)
+    student = GSAForCausalLM.from_pretrained(result.model)
+    questions = _questions(config)
+    for name, share in (("slots alone", 0.0), ("window alone", 1.0)):
+        for block in student.model.layers:
+            block.attn.window_share = share
+        held_out = TokenShards(lesson[4])
+        found = recovery(student, teacher, held_out, most_tokens=10**6, team=Team())
+        assert found == result.comparison.branches[name].recovery
+        assert said["branches"][name]["student"] == found.student != said["student"]
+        shares = recall(student, questions, Team()).shares
+        assert said["branches"][name]["recall"]["shares"] == {"48": shares[48]}
+    assert "| window alone |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_without_held_out_text_there_is_recall_alone(make_config, tmp_path):
+    result = distill(make_config(validation="", tokens=4 * 4 * T))
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())
+    assert result.recovery is None and "student" not in said and "48" in said["recall"]["shares"]
+    assert "perplexity" not in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_teacher_finetuned_on_the_same_tokens_is_the_yardstick(make_config, lesson, tmp_path):
+    """Both as typed: the teacher kept whole and taught the text, then a student held against it."""
+    whole = str(tmp_path / "whole")
+    assert main(["convert", str(lesson[0]), "--keep-all", "--out", whole]) == 0
+    tokens = 40 * 4 * T
+    tuned = make_config(student=whole, out=str(tmp_path / "tuned"), stages=(f"ce:{tokens}:3e-3:1",))
+    before = distill(tuned).recovery
+    assert before.student < before.teacher - 0.1, "it learned the text"
+    config = make_config(tokens=tokens, yardstick=str(tmp_path / "tuned"))
+    result = distill(config)
+    ratio = math.exp(result.recovery.student - before.student)
+    assert result.ratio == pytest.approx(ratio)
+    said = json.loads((tmp_path / "run" / "recovery.json").read_text())["yardstick"]
+    assert said["ratio"] == result.ratio and said["loss"] == before.student
+    assert f"{ratio:.3f} × that" in (tmp_path / "run" / "report.md").read_text()
+    for changes, words in (
+        ({"yardstick": str(tmp_path)}, "without recovery.json"),
+        ({"yardstick": str(tmp_path / "run")}, "expected the teacher itself, finetuned"),
+        ({"held_out_tokens": 5}, "held_out_tokens: 1000000 there, 5 here"),
+        ({"out": str(tmp_path / "new"), "tokens": 99 * T}, f"tokens: {tokens} there"),
+        ({"out": str(tmp_path / "new"), "data": lesson[4]}, "data: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            distill(replace(config, **changes))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("preset", ["smoke", "lora"])
+def test_a_signal_in_any_stage_and_on_bit_for_bit(preset, make_config, tmp_path, monkeypatch):
+    """Layer 1 is kept, so that aligning leaves some of what it could train without a gradient."""
+    whole = distill(make_config(preset=preset, out=str(tmp_path / "whole")))
+    config = make_config(preset=preset, checkpoint_interval=1000)
+    for number, objective in enumerate((Align, Kl), 1):
+        calls, right = [], objective.__call__
+
+        def stopping(self, model, batch, calls=calls, right=right):
+            calls.append(batch)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return right(self, model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "__call__", stopping)
+            stopped = distill(config)
+        assert (stopped.status, stopped.signal) == ("stopped", signal.SIGUSR1)
+        assert stopped.model.name.startswith(str(number)) and stopped.comparison is None
+    found = distill(config)
+    a, b = (load_file(one.model / "model.safetensors") for one in (whole, found))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_adapters_are_merged_and_all_but_gates_stays(make_config, lesson, tmp_path):
+    result = distill(make_config(preset="lora", tokens=100 * 4 * T))
+    assert result.recovery.student < result.recovery.teacher + 3
+    before = {k: v for f in lesson[2].glob("model*.safetensors") for k, v in load_file(f).items()}
+    after = load_file(result.model / "model.safetensors")
+    assert after.keys() == before.keys(), "a plain folder"
+    ends = tuple(f".{name}.weight" for name in PROJECTIONS)
+    projections = {name for name in before if name.endswith(ends)}
+    new = {name for name in before if ".f_proj." in name or ".g_norm." in name}
+    assert len(projections) == 12 and len(new) == 4
+    moved = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
+    assert moved == projections | new
+    for name in projections:  # three stages of rank 8 in a matrix of rank 12 and more
+        assert torch.linalg.matrix_rank(after[name] - before[name]) <= 24
+    first = load_file(result.model.parent / "1-align" / "model.safetensors")
+    name = "model.layers.0.mlp_norm.weight"
+    assert torch.equal(first[name], before[name])
+    name = "model.layers.0.attn.q_proj.weight"
+    singular = torch.linalg.svdvals(first[name] - before[name])
+    assert singular[7] > 1e-4 and singular[8] < 1e-5, "one stage, one rank"
+
+
+def test_a_checkpoint_with_adapters_is_exported_plain(make_config, tmp_path):
+    result = distill(make_config(preset="lora", tokens=30 * 4 * T))
+    final = load_file(result.model / "model.safetensors")
+    stored = load_file(max((result.model / "checkpoints").iterdir()) / "model.safetensors")
+    assert "model.layers.0.attn.q_proj.lora_up" in stored.keys() - final.keys()
+    made = export_run(ExportConfig(source=str(result.model), out=str(tmp_path / "exported")))
+    found = load_file(made / "model.safetensors")
+    assert found.keys() == final.keys() and all(torch.equal(found[n], final[n]) for n in final)
+    assert AutoModelForCausalLM.from_pretrained(made) is not None
 
 
 def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(T)]
-    options += ["--rows", "4", "--checkpoint-interval", "10"]
+    options += ["--rows", "4", "--checkpoint-interval", "10", "--recall-texts", "0"]
     return [sys.executable, "-m", "gsa", "distill", config.student, *options]
 
 
@@ -195,7 +283,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
     config = make_config()
     kept, other = tmp_path / "kept", tmp_path / "other"
     convert(ConvertConfig(teacher=str(lesson[0]), out=str(kept), keep_layers=(0, 1, 2)))
-    LlamaConfig(**SIZES | dict(num_hidden_layers=2)).save_pretrained(other)
+    LlamaConfig(**LESSON | dict(num_hidden_layers=2)).save_pretrained(other)
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "a"}\n')
     for changes, error, words in (
@@ -209,6 +297,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ({"student": str(kept)}, ValueError, "stages: expected no align"),
         ({"data": str(tmp_path / "none")}, (ValueError, OSError), "none"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval: expected"),
+        ({"recall_distances": (3,)}, ValueError, "recall_distances: expected at least"),
     ):
         with pytest.raises(error, match=words):
             distill(replace(config, **changes))
@@ -223,6 +312,10 @@ def test_numbers_that_make_no_sense(make_config):
     for name in ("rows", "seq_len", "accumulation", "tokens", "held_out_tokens"):
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
             make_config(**{name: 0})
+    with pytest.raises(ValueError, match="recall_texts: expected at least 0, got -1"):
+        make_config(recall_texts=-1)
+    with pytest.raises(ValueError, match="yardstick: expected none without held-out text"):
+        make_config(yardstick="there", validation="")
 
 
 def test_other_settings_in_the_same_folder_are_refused(make_config):
@@ -244,5 +337,7 @@ def test_stages():
     stage = parse_stage("kl:2.5M:3e-4:0.1")
     assert (stage.tokens, stage.lr, stage.rates) == (2_500_000, 3e-4, {"": 0.1, ".attn.": 1.0})
     assert parse_stage("ce:500:1e-5:1").rates == {}
+    adapted = parse_stage("ce:500:1e-4:lora")
+    assert (adapted.lora, adapted.rates[""], adapted.rates[".f_proj."]) == (8, 0.0, 1.0)
     assert [s.tokens for s in planned("default", 50_000_000)] == [10_000_000, 35_000_000, 5_000_000]
     assert [s.objective for s in planned("paper", 10)] == ["ce"]

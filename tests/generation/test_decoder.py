@@ -166,12 +166,12 @@ def test_the_whole_step_is_one_graph_per_block(prompts):
 
     torch._dynamo.reset()
     decoder = Decoder(model, rows=2)
-    for block in decoder.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=keep)
-    decoder._finish_step = torch.compile(decoder._finish, fullgraph=True, backend=keep)
+    for part in (*decoder.blocks, decoder.head):
+        part.compile(fullgraph=True, dynamic=False, backend=keep)
+    decoder._choose_step = torch.compile(decoder._choose, fullgraph=True, backend=keep)
     states = [decoder.prefill(prompt) for prompt in prompts(2)]
     assert decoder.write_all(states, [WILD, WILD]) == expected
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     torch._dynamo.reset()
 
 

@@ -81,6 +81,17 @@ def test_widths_that_fill_a_program(dtype, size):
     check("triton", inputs, cotangents(inputs), scale=K**-0.5)
 
 
+@pytest.mark.parametrize("size", [(5, 128, 64), (8, 128, 64), (32, 512, 16)])
+def test_many_query_heads_share_a_memory(size):
+    """Also in two segments, and with a reset that goes token by token. About 8 GiB."""
+    R, K, M = size
+    T = 2304 if R < 32 else 256  # the oracle holds T² R numbers
+    inputs = make_inputs(T=T, H=R, G=1, K=K, V=16, M=M, dtype=torch.bfloat16, memory=1)
+    inputs["log_forget"] /= 8
+    inputs["log_forget"][0, T - 128] = -1e4
+    check("triton", inputs, cotangents(inputs), scale=K**-0.5)
+
+
 @DTYPES
 def test_long_sequences_in_segments(dtype):
     """About 16 GiB, for the oracle."""

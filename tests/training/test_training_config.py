@@ -68,10 +68,10 @@ def test_init_brings_its_own_config():
 
 
 def test_the_longest_part_of_a_name_decides_its_rate():
-    config = replace(BASE, rates={"": 0.5, "attn.": 1.0, "attn.f_proj": 2.0})
+    rates = {"": 0.5, "attn.": 1.0, "attn.f_proj": 2.0}
     names = ("lm_head.weight", "model.layers.0.attn.q_proj.weight", "model.layers.0.attn.f_proj.w")
-    assert [rate_of(name, config) for name in names] == [0.5, 1.0, 2.0]
-    assert rate_of("anything", BASE) == 1.0
+    assert [rate_of(name, rates) for name in names] == [0.5, 1.0, 2.0]
+    assert rate_of("anything", BASE.rates) == 1.0
 
 
 def test_validating_needs_a_validation_folder():

@@ -16,6 +16,9 @@ LIMIT = tl.constexpr(86.0)
 """Largest exponent, to the base 2, of a factor exp(S - G_j): e^60 leaves room in fp32."""
 LIMIT_FP64 = tl.constexpr(480.0)
 """The same where factors are fp64."""
+FEW_HEADS = tl.constexpr(4)
+"""Query heads of a group up to which a walk over chunks is unrolled over them. Beyond, ptxas 12.8
+made wrong code of it (32 heads), after minutes."""
 
 
 @triton.jit

@@ -61,8 +61,10 @@ def walk_tile(
         most = 64
     columns = min(most, MEMORY_NUMBERS[dtype] // padded, triton.next_power_of_2(width))
     block = max(16, columns)
-    if not low or heads * HEAD_TILES[kernel] > 4:
+    if not low:
         return Tile(block, warps_of(kernel, block, low), 1)
+    if heads > common.FEW_HEADS.value:
+        heads = 1  # a stage of the loop over them
     columns, rows = (n + heads * HEAD_TILES[kernel] for n in TILES[kernel])
     while True:
         stage = 2 * 64 * (columns * block + rows * padded)

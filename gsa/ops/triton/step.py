@@ -109,17 +109,19 @@ def read_weights(score_SR, inside_S, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def advance_keys(
-    q, k, pair, before, after, row_S, mine_S, forget_S, write_S,
+    keys_SC, q, k, pair, before, after, row_S, mine_S, forget_S, write_S,
     K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Renews the keys of the block; returns keys · q for each query head, [S, HEADS]."""
+    """Renews the keys of the block; returns keys · q for each query head, [S, HEADS].
+
+    keys_SC: the first C columns, before.
+    """
     S: tl.constexpr = row_S.shape[0]
     heads = tl.arange(0, HEADS)
     score_SR = tl.zeros([S, HEADS], tl.float32)
     for start in range(0, K, C):
         columns = start + tl.arange(0, C)
         offsets, mask = tile_of(row_S, columns, mine_S, 0, K)
-        keys_SC = tl.load(before + offsets, mask=mask, other=0.0)
         k_C = load_vector(k, pair * K, columns, K, ALIGNED)
         q_C = load_vector(q, pair * R * K, columns, K, ALIGNED)
         keys_SC = renew(after, offsets, mask, keys_SC, k_C, forget_S, write_S)
@@ -128,6 +130,8 @@ def advance_keys(
             score_SR += tl.where(heads[None, :] == r, score_S[:, None], 0.0)
             # the next head's, ahead of its use (after the last head: unused)
             q_C = load_vector(q, (pair * R + min(r + 1, R - 1)) * K, columns, K, ALIGNED)
+        offsets, mask = tile_of(row_S, columns + C, mine_S, 0, K)
+        keys_SC = tl.load(before + offsets, mask=mask, other=0.0)
     return score_SR
 
 
@@ -154,19 +158,14 @@ def advance_kernel(
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    CHAINED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    if CHAINED:  # `combine_kernel` may be set up while this one works
+    if CHAINED or FOLLOWS:  # the next kernel may be set up while this one works
         gdc_launch_dependents()
     pair = (tl.program_id(0) // N).to(tl.int64)  # b·G + g
     block = tl.program_id(0) % N
     slots = block * S + tl.arange(0, S)
     inside_S = slots < M
-    log_forget_S = tl.load(log_forget + pair * M + slots, mask=inside_S, other=0.0)
-    forget_S, write_S = exp_and_complement(log_forget_S.to(tl.float32))
-    if write is not None:
-        write_S = tl.load(write + pair * M + slots, mask=inside_S, other=0.0).to(tl.float32)
-
     row = pair // G
     valid = True
     if rows is not None:
@@ -181,14 +180,22 @@ def advance_kernel(
         after = tl.multiple_of(after, 16)
     row_S = tl.arange(0, S) * (K + V)
 
-    # The first values are asked for before the keys: both are then under way together.
+    # The first values and keys are asked for before all else: both are then under way together.
     columns = tl.arange(0, VALUE_COLUMNS)
     offsets, mask = tile_of(row_S, columns, mine_S, K, V)
     values_SC = tl.load(before + offsets, mask=mask, other=0.0)
+    key_offsets, key_mask = tile_of(row_S, tl.arange(0, KEY_COLUMNS), mine_S, 0, K)
+    keys_SC = tl.load(before + key_offsets, mask=key_mask, other=0.0)
+    if FOLLOWS:  # q, k, v and the gates are the work of the kernel before
+        gdc_wait()
+    log_forget_S = tl.load(log_forget + pair * M + slots, mask=inside_S, other=0.0)
+    forget_S, write_S = exp_and_complement(log_forget_S.to(tl.float32))
+    if write is not None:
+        write_S = tl.load(write + pair * M + slots, mask=inside_S, other=0.0).to(tl.float32)
     v_C = load_vector(v, pair * V, columns, V, ALIGNED)
     score_SR = advance_keys(
-        q, k, pair, before, after, row_S, mine_S, forget_S, write_S, K, R, HEADS, KEY_COLUMNS,
-        ALIGNED,
+        keys_SC, q, k, pair, before, after, row_S, mine_S, forget_S, write_S, K, R, HEADS,
+        KEY_COLUMNS, ALIGNED,
     )  # fmt: skip
     values_SC = renew(after, offsets, mask, values_SC, v_C, forget_S, write_S)
 
@@ -220,6 +227,8 @@ def combine_kernel(
     partials, output, V: tl.constexpr, N: tl.constexpr, N_BLOCK: tl.constexpr, C: tl.constexpr,
     P: tl.constexpr, SOFTMAX: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        gdc_launch_dependents()
     pieces: tl.constexpr = (V + C - 1) // C
     head = (tl.program_id(0) // pieces).to(tl.int64)
     columns = (tl.program_id(0) % pieces) * C + tl.arange(0, C)
@@ -293,12 +302,14 @@ def launch(
     scale: float,
     slot_activation: str,
     aligned: bool,
+    follows: bool = False,
 ) -> Tensor:
     """Fills `after`, which may be `before`, and returns the output [B, 1, H, V] in q's dtype.
 
     `token` is (q, k, v, log_forget, write). Tensors lie as `advance_kernel` wants them; `aligned`:
     all but gates and rows start at a multiple of 16 bytes, and K, V and row strides are multiples
-    of 4.
+    of 4. `follows`: the kernel launched before this one lets the next be set up while it works, and
+    writes neither memory nor `rows`.
     """
     q, k, v, log_forget, write = token
     B, _, H, K = q.shape
@@ -308,6 +319,8 @@ def launch(
     if B == 0:
         return output
     tiles = step_tiles(K, V, M, R)
+    if follows:  # few rows: more and smaller programs are the sooner done
+        tiles = tiles._replace(slots=max(1, tiles.slots // 2))
     N, P = -(-M // tiles.slots), -(-(V + 2) // 4) * 4  # rounded up
     result = output
     if N > 1:
@@ -319,7 +332,8 @@ def launch(
             scale, before.stride(0), after.stride(0), pool,
             G, R, K, V, M, N, tiles.slots, power_of_two(R), tiles.key_columns,
             tiles.value_columns, P, slot_activation, aligned, N > 1 and bool(chained),
-            num_warps=tiles.warps, enable_fp_fusion=False,
+            follows and bool(chained), num_warps=tiles.warps, enable_fp_fusion=False,
+            **(chained if follows else {}),
         )  # fmt: skip
         if N > 1:  # small programs, one warp where that will do: this kernel is all latency
             N_BLOCK = power_of_two(N)

@@ -14,7 +14,7 @@ gaps.
 import triton
 import triton.language as tl
 
-from gsa.ops.triton.common import find_span, span_number
+from gsa.ops.triton.common import FEW_HEADS, find_span, span_number
 from gsa.ops.triton.memory import (
     add_product,
     border_memory,
@@ -186,19 +186,31 @@ def write_back_walk(
                 before = flag + tl.where(follows, G, 0)
                 d_memory *= passing(fades, flag, before, follows, M, M_PAD, True)[:, None]
                 after = d_memory.to(OPERAND)
-                # One result after the other, each stored at once: they would not fit side by side.
                 d_lifted_CM = product(y_CW.to(OPERAND), tl.trans(after), NUMBER)
-                for r in tl.static_range(R):
-                    x_CW = load_tile(x_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
-                    z_CM = load_tile(z_tiles, row, group * R + r, place, 0, C, M_PAD)
-                    d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND)
-                    if r == 0:
-                        d_y_CW = product(lifted_CM, after, NUMBER)
-                    if r == R - 1:
-                        store_tile(d_lifted_tiles, d_lifted_CM, slice * batch + row, group, place,
-                                   0, C, M_PAD)  # fmt: skip
-                    d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND)
-                    d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND))
+                if R <= FEW_HEADS:
+                    # One result after the other, each stored at once: they would not fit side by
+                    # side.
+                    for r in tl.static_range(R):
+                        x_CW = load_tile(x_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
+                        z_CM = load_tile(z_tiles, row, group * R + r, place, 0, C, M_PAD)
+                        d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND)
+                        if r == 0:
+                            d_y_CW = product(lifted_CM, after, NUMBER)
+                        if r == R - 1:
+                            store_tile(d_lifted_tiles, d_lifted_CM, slice * batch + row, group,
+                                       place, 0, C, M_PAD)  # fmt: skip
+                        d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND)
+                        d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND))
+                else:
+                    d_y_CW = product(lifted_CM, after, NUMBER)
+                    for r in range(R):
+                        x_CW = load_tile(x_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
+                        z_CM = load_tile(z_tiles, row, group * R + r, place, 0, C, M_PAD)
+                        d_lifted_CM = read_inside(x_CW, z_CM, y_CW, d_lifted_CM, FACTOR, OPERAND)
+                        d_y_CW = mixed_inside(x_CW, z_CM, lifted_CM, d_y_CW, OPERAND)
+                        d_memory = add_product(d_memory, tl.trans(z_CM), x_CW.to(OPERAND))
+                    store_tile(d_lifted_tiles, d_lifted_CM, slice * batch + row, group, place, 0, C,
+                               M_PAD)  # fmt: skip
                 store_tile(d_y_tiles, d_y_CW, row, group, place, part * BLOCK, C, BLOCK)
                 if at % PER_SPAN == 0:
                     cross(crossing, d_memory * leaving(fades, flag, M, M_PAD, True)[:, None], at,
@@ -312,10 +324,16 @@ def scan_walk(
                 fade = passing(fades, flag, before, follows, M, M_PAD, BACKWARD)
                 memory *= fade[:, None]
                 decay *= fade
-                for r in tl.static_range(R):
-                    y_CW = load_tile(y_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
-                    u_CM = load_tile(u_tiles, row, group * R + r, place, 0, C, M_PAD)
-                    memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND))
+                if R <= FEW_HEADS:
+                    for r in tl.static_range(R):
+                        y_CW = load_tile(y_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
+                        u_CM = load_tile(u_tiles, row, group * R + r, place, 0, C, M_PAD)
+                        memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND))
+                else:
+                    for r in range(R):
+                        y_CW = load_tile(y_tiles, row, group * R + r, place, part * BLOCK, C, BLOCK)
+                        u_CM = load_tile(u_tiles, row, group * R + r, place, 0, C, M_PAD)
+                        memory = add_product(memory, tl.trans(u_CM), y_CW.to(OPERAND))
             if position < halt:
                 position = halt
                 i = count - halt if BACKWARD else halt - 1

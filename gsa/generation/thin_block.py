@@ -1,0 +1,121 @@
+"""A block for one token of one row: six kernels, each begun before the one before it ends."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsa.layers.mixer import State
+from gsa.layers.mlp import SwiGLU
+from gsa.layers.norm import RMSNorm
+from gsa.layers.projections import is_linear
+from gsa.layers.slot_attention import GatedSlotAttention
+from gsa.layers.token_layout import TokenLayout
+from gsa.ops.api import describe_impl
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes_thin_blocks(model: Any, rows: int) -> bool:
+    """Whether every block of a model, and its head, can be a `ThinBlock`: for one row.
+
+    It has to be on a GPU with Triton, in fp32, bf16 or fp16, with slots in every layer and of the
+    usual kind: what follows the projections is swish and nothing else, gates are data-dependent,
+    the output is normalised. Biases of the inputs are welcome.
+    """
+    head = model.lm_head
+    if (
+        rows > 1
+        or model.device.type != "cuda"
+        or describe_impl("auto", model.device)[0] != "triton"
+    ):
+        return False
+    plain = is_linear(head) and head.bias is None and head.weight.dtype in DTYPES
+    return plain and all(is_usual(block) for block in model.model.layers)
+
+
+def is_usual(block: Any) -> bool:
+    """Whether a block is of the kind that `ThinBlock` computes."""
+    attn, mlp = block.attn, block.mlp
+    if not isinstance(attn, GatedSlotAttention) or attn.impl not in ("auto", "triton"):
+        return False
+    options = attn.options
+    usual = options.swish_follows and options.rope_theta is None and options.output_norm
+    usual = usual and options.gate == "data_dependent" and not options.output_gate
+    inputs: tuple[Any, ...] = (attn.q_proj, attn.k_proj, attn.v_proj, attn.f_proj)
+    outputs: tuple[Any, ...] = (attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return (
+        usual
+        and all(is_linear(layer) for layer in inputs + outputs)
+        and all(layer.bias is None for layer in outputs)
+        and all(layer.weight.is_contiguous() for layer in inputs + outputs)
+    )
+
+
+class ThinBlock(nn.Module):
+    """A block for one token of one row; its weights are the block's own.
+
+    Args:
+        block: a `GSABlock` of a model that `takes_thin_blocks`.
+    """
+
+    def __init__(self, block: Any):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
+        self.attn: GatedSlotAttention = block.attn
+        self.mlp: SwiGLU = block.mlp
+
+    def forward(self, x_11D: Tensor, layout: TokenLayout, state: State) -> Tensor:
+        """One token [1, 1, D]; writes into the tensors of `state`."""
+        from gsa.ops.triton import step
+        from gsa.ops.triton import thin_linear as thin
+
+        attn, mlp, options = self.attn, self.mlp, self.attn.options
+        x, memory = x_11D[:, 0], state["memory"]
+        assert layout.pads is not None
+        made = thin.thin_inputs(
+            x, norm_of(self.attn_norm), layout.pads,
+            (weights_of(attn.q_proj), weights_of(attn.k_proj), weights_of(attn.v_proj),
+             weights_of(attn.f_proj)),
+            options.gate_logit_normalizer,
+        )  # fmt: skip
+        heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
+        q, k, v, log_forget = (
+            y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
+        )
+        read = step.launch(
+            (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
+            options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, follows=True,
+        )  # fmt: skip
+        x = thin.thin_output(
+            read.flatten(1), attn.o_proj.weight, x, norm=norm_of(attn.g_norm), swish=True
+        )
+        h = thin.thin_gate_up(x, norm_of(self.mlp_norm), mlp.gate_proj.weight, mlp.up_proj.weight)
+        return thin.thin_output(h, mlp.down_proj.weight, x)[:, None]
+
+
+class ThinHead(nn.Module):
+    """Logits [1, W] of what the last block returns, [1, 1, D]: the model's norm and head."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.norm, self.lm_head = model.model.norm, model.lm_head
+
+    def forward(self, x_11D: Tensor) -> Tensor:
+        from gsa.ops.triton.thin_linear import thin_output
+
+        return thin_output(x_11D[:, 0], self.lm_head.weight, norm=norm_of(self.norm))
+
+
+def weights_of(layer: Any) -> Any:
+    """As the kernels take them."""
+    from gsa.ops.triton.thin_linear import Weights
+
+    return Weights(layer.weight, layer.bias)
+
+
+def norm_of(norm: RMSNorm) -> Any:
+    """As the kernels take it."""
+    from gsa.ops.triton.thin_linear import Norm
+
+    return Norm(norm.weight, norm.eps)
