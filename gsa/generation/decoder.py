@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gsa.generation.prefill import Reading
+from gsa.generation.prefill import Reading, Tokens
 from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
 from gsa.generation.state import ModelState, fingerprint
 from gsa.generation.step import Head, StatePool, StepBlock
@@ -132,9 +132,7 @@ class Decoder:
         """Of the model; states carry it."""
         return fingerprint(self.model)
 
-    def prefill(
-        self, tokens: Sequence[int] | Tensor, state: ModelState | None = None
-    ) -> ModelState:
+    def prefill(self, tokens: Tokens, state: ModelState | None = None) -> ModelState:
         """The state after reading tokens [T], from the start or after those of another state.
 
         Reads in chunks: memory does not depend on T (but for what softmax layers of a hybrid keep).
@@ -142,14 +140,13 @@ class Decoder:
         """
         return self.reading(tokens, state).finish()
 
-    def reading(self, tokens: Sequence[int] | Tensor, state: ModelState | None = None) -> Reading:
+    def reading(self, tokens: Tokens, state: ModelState | None = None) -> Reading:
         """What `prefill` does, to be done chunk by chunk between steps; its errors."""
-        if state is not None:
-            self._check(state)
+        self._check(state)
         return Reading(self.model, tokens, state, self.fingerprint)
 
-    def _check(self, state: ModelState) -> None:
-        if state.fingerprint != self.fingerprint:
+    def _check(self, state: ModelState | None) -> None:
+        if state is not None and state.fingerprint != self.fingerprint:
             raise ValueError(
                 f"state: expected one of this model ({self.fingerprint}), got one of another "
                 f"({state.fingerprint}): other weights, dtype or config; read the text again "

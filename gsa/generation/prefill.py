@@ -13,6 +13,9 @@ from gsa.model import GSACache, Snapshot
 CHUNK = 4096
 """Tokens that are read at a time."""
 
+Tokens = Sequence[int] | Tensor
+"""Of one text, [T]."""
+
 
 class Reading:
     """A text on its way into a state, a chunk at a time.
@@ -33,7 +36,7 @@ class Reading:
     def __init__(
         self,
         model: Any,
-        tokens: Sequence[int] | Tensor,
+        tokens: Tokens,
         before: ModelState | None,
         fingerprint: str,
     ):

@@ -131,11 +131,13 @@ def test_a_long_prompt_does_not_stop_a_running_text(folder):
 def test_a_decoder_that_fails_says_so(folder):
     decoder = Decoder(load(folder)[0], rows=1)
     engine = Engine(decoder, queue=2, prefixes=Prefixes(0), metrics=Metrics())
-    events = []
+    events, done = [], threading.Event()
     texts = [Text(Prompt([5], "", None), Sampling(), k, None) for k in range(3)]
     engine.submit(texts)
-    del decoder.model.lm_head
-    engine.start(events.extend)
+    decoder.blocks.clear()
+    engine.start(lambda batch: (events.extend(batch), done.set()))
+    assert done.wait(60)
+    engine.stop()
     engine.join()
     assert engine.failed and {e.text.index for e in events} == {0, 1, 2}
     assert all(event.error.status == 500 for event in events)
