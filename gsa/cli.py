@@ -27,6 +27,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import gsa
@@ -54,6 +55,7 @@ def data(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """train a model, or go on with it: gsa train RECIPE [options]"""
+    from gsa.architectures import ARCHITECTURES, sized_alike
     from gsa.recipes import RECIPES
     from gsa.training.config import TrainConfig
 
@@ -66,7 +68,11 @@ def train(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
+    arch, rest = _architecture(rest)
     recipe = RECIPES[name]()
+    if arch != "gsa":
+        own = sized_alike(arch, recipe.model)
+        recipe = replace(recipe, name=f"{name} {arch}", model=own, out=f"{recipe.out}-{arch}")
     parser = argparse.ArgumentParser(
         prog=f"gsa train {name}",
         description=f"{inspect.getdoc(RECIPES[name])}\n\nAn interrupted run goes on when the same "
@@ -79,14 +85,26 @@ def train(arguments: list[str]) -> int:
     add_fields(parser, TrainConfig, defaults=recipe)
     resume = "auto (newest good checkpoint), never, or the folder of a checkpoint [auto]"
     parser.add_argument("--resume", default="auto", help=resume)
+    about = f"another architecture with as many parameters: {', '.join(ARCHITECTURES)} [gsa]"
+    parser.add_argument("--arch", metavar="NAME", default=argparse.SUPPRESS, help=about)
     model, rest = take_dict(rest, "model")
     given = vars(parser.parse_args(rest))
     chosen = given.pop("resume")
+    if given.get("init") and arch != "gsa":
+        raise ValueError(f"arch: expected none with init (its folder has a config), got {arch}")
     config = replace(recipe, **given, model=model if given.get("init") else recipe.model | model)
     from gsa.training.loop import train as run
 
     result = run(config, resume=chosen, command="gsa " + shlex.join(["train", *arguments]))
     return 130 if result.signal == signal.SIGINT else 0
+
+
+def _architecture(arguments: list[str]) -> tuple[str, list[str]]:
+    """(what --arch says, the other arguments)"""
+    parser = argparse.ArgumentParser(prog="gsa train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--arch", default="gsa")
+    known, rest = parser.parse_known_args(arguments)
+    return known.arch, rest
 
 
 def distill(arguments: list[str]) -> int:
@@ -123,8 +141,8 @@ def convert(arguments: list[str]) -> int:
     model, rest = take_dict(arguments, "model")
     parser = argparse.ArgumentParser(
         prog="gsa convert",
-        description=f"{_summary(run)} Keys of GSAConfig for slot layers: --model.KEY VALUE, such "
-        "as --model.scale rsqrt_key.",
+        description=f"{_summary(run)} Keys of GSAConfig for converted layers: --model.KEY VALUE, "
+        "such as --model.scale rsqrt_key.",
         allow_abbrev=False,
     )
     add_fields(parser, ConvertConfig, positional=("teacher",))
@@ -208,11 +226,13 @@ def bench(arguments: list[str]) -> int:
         bench_tune(_config("gsa bench tune", bench_tune, TuneConfig, rest))
         return 0
     if chosen == "cost":
+        from gsa.architectures import ARCHITECTURES, sized_alike
         from gsa.benchmark.model_cost import CostConfig, bench_cost
         from gsa.recipes import RECIPES
 
         config = _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",))
-        bench_cost(config, {name: make().model for name, make in RECIPES.items()})
+        alike = {name: partial(sized_alike, name) for name in ARCHITECTURES}
+        bench_cost(config, {name: make().model for name, make in RECIPES.items()}, alike)
         return 0
     if chosen == "distill":
         from gsa.benchmark.distill_cost import DistillCostConfig, bench_distill

@@ -45,7 +45,7 @@ def add_fields(
         default = getattr(defaults, field.name, field.default)
         required = default is MISSING
         help_text = docs[field.name].replace("%", "%%")
-        if not required and not (isinstance(default, bool) or default in ("", ())):
+        if not required and not (isinstance(default, bool) or default in ("", (), None)):
             help_text += f" [{default}]"
         options: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
         if typing.get_origin(hint) is tuple:

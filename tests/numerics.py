@@ -212,8 +212,11 @@ def yardstick(
     initial_memory: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chunked torch, matmul operands rounded to q's dtype (gradients too), fp32 accumulation."""
-    (B, T, H, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
+    """Chunked torch, matmul operands rounded to q's dtype (gradients too), fp32 accumulation.
+
+    Keys of width 0: the scores are q, which makes it gated linear attention.
+    """
+    (B, T, H, _), (G, K), V, M = q.shape, k.shape[2:], v.shape[3], log_forget.shape[3]
     dtype, internal = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
     log_forget = log_forget.to(internal)
     write = -torch.expm1(log_forget) if write is None else write.to(internal)
@@ -252,10 +255,13 @@ def _yardstick_chunk(q, k, v, log_forget, write, memory, scale, slot_activation,
     decay = gap.masked_fill(~past, -torch.inf).exp()  # [B, i, j, G, M]
     grow = exactly(total, exact).exp()[:, :, :, None]
     weight = r(decay * write[:, None])
-    likeness = torch.einsum("bigrk,bjgk->bijgr", r(q), r(k))
-    inside = torch.einsum("bijgr,bijgm->bigrm", r(likeness), weight)
-    before = torch.einsum("bigrk,bgmk->bigrm", r(q), r(memory[..., :K]))
-    p = ACTIVATIONS[slot_activation](scale * (inside + grow * before))
+    score = q.to(memory.dtype)
+    if K:
+        likeness = torch.einsum("bigrk,bjgk->bijgr", r(q), r(k))
+        inside = torch.einsum("bijgr,bijgm->bigrm", r(likeness), weight)
+        before = torch.einsum("bigrk,bgmk->bigrm", r(q), r(memory[..., :K]))
+        score = inside + grow * before
+    p = ACTIVATIONS[slot_activation](scale * score)
     mix = torch.einsum("bigrm,bijgm->bijgr", r(p), weight)
     output = torch.einsum("bijgr,bjgv->bigrv", r(mix), r(v))
     output = output + torch.einsum("bigrm,bgmv->bigrv", r(p * grow), r(memory[..., K:]))

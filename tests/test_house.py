@@ -16,7 +16,7 @@ FLOORS = [
     {"layers"},
     {"model"},
     {"generation", "data", "training", "conversion", "evaluation", "benchmark"},
-    {"experiments", "recipes"},
+    {"experiments", "recipes", "architectures"},
     {"cli", "cli_options", "__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

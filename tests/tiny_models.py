@@ -25,6 +25,26 @@ VARIANTS = {
         "num_kv_heads": 2,
         "gate_bias": True,
     },
+    "gla": {
+        "mixer": "gla",
+        "num_kv_heads": 2,
+        "expand_k": 0.5,
+        "gate_low_rank": 3,
+        "output_gate": True,
+        "feature_map": "identity",
+        "value_activation": "identity",
+        "scale": "rsqrt_key",
+    },
+    "retnet": {"mixer": "retnet", "expand_v": 2, "rope_theta": 100.0, "output_gate": True},
+    "supra": {
+        "mixer": "retnet",
+        "num_kv_heads": 2,
+        "feature_map": "t2r",
+        "rope_theta": 100.0,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "attn": {"layers": [1], "num_heads": 2, "window_size": 4},
+    },
     "window": {
         "attn": [{"layers": [0], "num_heads": 2, "window_size": 4, "rope_theta": 50.0}],
         "gate": "abc",
@@ -36,7 +56,9 @@ VARIANTS = {
 
 def build_tiny(seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_heads=4, num_slots=5)
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_heads=4)
+    if changes.get("mixer", "gsa") == "gsa":
+        sizes |= dict(num_slots=5)
     rest = dict(intermediate_size=24, initializer_range=0.4, eos_token_id=None, pad_token_id=0)
     config = GSAConfig(**(sizes | rest | changes))
     return GSAForCausalLM(config).double().eval()

@@ -24,8 +24,9 @@ from gsa.conversion.distill_config import Lesson
 from gsa.conversion.stages import Stage
 from gsa.conversion.student import student_config
 from gsa.conversion.teacher import Teacher, open_config
-from gsa.layers.options import SlotAttentionOptions, SoftmaxAttentionOptions
+from gsa.layers.options import LinearAttentionOptions, SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.model.config import MixerOptions
 from gsa.model.cost import (
     DEVICES,
     count_parameters,
@@ -160,7 +161,7 @@ def trained_parameters(student: GSAConfig, stage: Stage) -> tuple[int, int]:
     if stage.objective == "align":
         options = [student.mixer_options(i) for i in range(student.num_hidden_layers)]
         pairs = zip(model.model.layers, options, strict=True)
-        reached = [block for block, own in pairs if isinstance(own, SlotAttentionOptions)]
+        reached = [block for block, own in pairs if not isinstance(own, SoftmaxAttentionOptions)]
     trained = sum(p.numel() for part in reached for p in part.parameters() if p.requires_grad)
     return sum(p.numel() for p in model.parameters()), trained
 
@@ -212,13 +213,17 @@ def _activations(config: DistillCostConfig, stage: Stage, student: GSAConfig) ->
     return max(whole) + sum(D if i % every == 0 else one for i, one in enumerate(whole))
 
 
-def mixer_activations(options: SlotAttentionOptions | SoftmaxAttentionOptions) -> int:
+def mixer_activations(options: MixerOptions) -> int:
     """Numbers per token that an eager token mixer keeps: the inputs of its products, activations,
     norm and operator."""
     H, G = options.num_heads, options.kv_heads
     if isinstance(options, SoftmaxAttentionOptions):
         return options.hidden_size + (2 * (H + G) + G + 2 * H) * options.width
-    K, V, M = options.key_width, options.value_width, options.slots
+    K, V = options.key_width, options.value_width
+    if isinstance(options, LinearAttentionOptions):
+        gates, outputs = 3 * G * K, (5 if options.output_gate else 3) * H * V
+        return options.hidden_size + 2 * (H + G) * K + G * V + gates + outputs
+    M = options.slots
     qkv = H * K + G * (K + V)
     window = 0 if options.window_branch is None else qkv + 3 * H * V
     return options.hidden_size + 2 * qkv + 3 * H * V + 3 * G * M + 4 * H * M + window
@@ -250,8 +255,8 @@ def stage_flops(stage: Stage, student: GSAConfig, teacher: GSAConfig, seq_len: i
     theirs = flops_per_token(teacher, seq_len)
     if stage.objective == "align":
         options = [student.mixer_options(i) for i in range(student.num_hidden_layers)]
-        slots = [one for one in options if isinstance(one, SlotAttentionOptions)]
-        mixers = sum(mixer_flops(one, seq_len) for one in slots)
+        taught = [one for one in options if not isinstance(one, SoftmaxAttentionOptions)]
+        mixers = sum(mixer_flops(one, seq_len) for one in taught)
         return 3 * mixers + theirs.forward - theirs.head
     own = flops_per_token(student, seq_len)
     frozen = 0 if stage.rest else own.mlp + own.head

@@ -28,6 +28,9 @@ from gsa.model.cost import (
 class CostConfig:
     models: tuple[str, ...] = ()
     """Recipes, model folders or their config.json; all recipes if none is given."""
+    arch: tuple[str, ...] = ("gsa",)
+    """Architectures to show each recipe as, of equal parameters: gsa, abc, gla, ...; all of them:
+    all."""
     lengths: tuple[int, ...] = (2048, 16384, 131072)
     """Tokens per sequence; training hours count at the first."""
     vocab_size: int = 32000
@@ -56,24 +59,32 @@ class CostConfig:
             raise ValueError(f"device: expected one of {known}, got {self.device!r}")
 
 
-def bench_cost(config: CostConfig, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def bench_cost(
+    config: CostConfig,
+    recipes: Mapping[str, dict[str, Any]],
+    architectures: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]],
+) -> dict[str, Any]:
     """Compute parameters, FLOPs, state and training memory of models; hours with --tokens.
 
     Prints tables and returns (and writes) the document.
 
     Args:
         recipes: keys of GSAConfig by recipe.
+        architectures: by name, from such keys to those of a rival of equal size.
 
     Raises:
-        ValueError: a model that is neither a recipe nor a GSA config, or one that contradicts
-            itself.
+        ValueError: an unknown architecture, a model that is neither a recipe nor a GSA config, or
+            one that contradicts itself.
     """
-    known = {name: {"vocab_size": config.vocab_size, **keys} for name, keys in recipes.items()}
-    names = list(dict.fromkeys(config.models or known))
-    models = {
-        name: GSAConfig(**known[name]) if name in known else read_config(name, list(known))
-        for name in names
-    }
+    models = {}
+    for name in dict.fromkeys(config.models or recipes):
+        if name not in recipes:
+            models[name] = read_config(name, list(recipes))
+            continue
+        for arch in chosen_architectures(config, list(architectures)):
+            label = name if list(config.arch) == ["gsa"] else f"{name} {arch}"
+            keys = architectures[arch](dict(recipes[name]))
+            models[label] = GSAConfig(**{"vocab_size": config.vocab_size, **keys})
     document = {
         "benchmark": "cost",
         "gsa": gsa.__version__,
@@ -85,6 +96,16 @@ def bench_cost(config: CostConfig, recipes: Mapping[str, Mapping[str, Any]]) -> 
     if config.out:
         write_result(Path(config.out), document)
     return document
+
+
+def chosen_architectures(config: CostConfig, known: list[str]) -> list[str]:
+    """What `arch` asks for; ValueError for one that is not known."""
+    if list(config.arch) == ["all"]:
+        return known
+    for name in config.arch:
+        if name not in known:
+            raise ValueError(f"arch: expected all, or some of {', '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(config.arch))
 
 
 def read_config(name: str, recipes: Sequence[str] = ()) -> GSAConfig:
@@ -122,6 +143,7 @@ def model_facts(name: str, model: GSAConfig, config: CostConfig) -> dict[str, An
                 "forward_flops": asdict(one) | {"total": one.forward},
                 "forward_backward_flops": one.forward_backward,
                 "state_bytes": state_bytes(model, tokens),
+                "state_bytes_per_layer": state_bytes(model, tokens) / model.num_hidden_layers,
                 "kv_cache_bytes": kv_cache_bytes(model, tokens),
             }
             for tokens, one in flops.items()
@@ -156,6 +178,8 @@ def cost_tables(document: dict[str, Any]) -> str:
         aligned(sizes),
         "GFLOPs per token, forward + backward, by sequence length",
         by_length(rows, lengths, lambda one: f"{one['forward_backward_flops'] / 1e9:.3f}"),
+        "KiB of state per layer, the mean over layers",
+        by_length(rows, lengths, lambda one: f"{one['state_bytes_per_layer'] / 2**10:,.0f}"),
         "MiB per sequence: state (fp32 memory) / keys and values of such a Transformer (bf16)",
         by_length(
             rows,

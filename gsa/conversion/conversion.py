@@ -43,9 +43,10 @@ class Conversion:
 
     def __str__(self) -> str:
         layers, check = self.report["layers"], self.report["check"]
+        target = self.report["options"]["target"]
         lines = [
-            f"{self.folder}: {len(layers['slots'])} layers of slots, {len(layers['kept'])} kept; "
-            f"{len(self.report['copied'])} weights copied, {len(self.report['new'])} new"
+            f"{self.folder}: {len(layers['converted'])} layers of {target}, {len(layers['kept'])} "
+            f"kept; {len(self.report['copied'])} weights copied, {len(self.report['new'])} new"
         ]
         if check is not None:
             lines.append(
@@ -61,7 +62,8 @@ def convert(config: ConvertConfig) -> Conversion:
     """Make a GSA model out of a pretrained Transformer: its weights copied, gates and norms new.
 
     Embeddings, norms, MLPs, head and all of attention but the softmax are the teacher's; the
-    result has to be trained before it is a good language model, unless every layer is kept.
+    result has to be trained before it is a good language model, unless every layer is kept. A
+    target besides gsa gives one of the paper's rivals in the same form.
 
     Raises before anything is written: FileNotFoundError, ValueError for a teacher that is missing,
     of another family, quantised, incomplete or not understood, or options that do not fit it;
@@ -174,7 +176,7 @@ def _report(
             "files": {file: sha256(teacher.folder / file) for file in (CONFIG, *teacher.files)},
         },
         "options": options,
-        "layers": {"slots": [layer for layer in layers if layer not in kept], "kept": kept},
+        "layers": {"converted": [layer for layer in layers if layer not in kept], "kept": kept},
         "copied": plan.copied,
         "new": list(plan.new),
         "left_out": list(teacher.left_out),

@@ -9,7 +9,7 @@ from typing import Any
 from gsa.conversion.distill_config import DistillConfig
 from gsa.conversion.recovery import Comparison
 from gsa.data import TokenShards, open_rows
-from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig
 from gsa.training.run_folder import fingerprints
 
@@ -74,10 +74,10 @@ def read_yardstick(folder: str, own: dict[str, Any]) -> Yardstick:
         )
     model: Any = GSAConfig.from_pretrained(Path(folder) / found["model"])
     layers = (model.mixer_options(layer) for layer in range(model.num_hidden_layers))
-    if any(isinstance(options, SlotAttentionOptions) for options in layers):
+    if not all(isinstance(options, SoftmaxAttentionOptions) for options in layers):
         raise ValueError(
             "yardstick: expected the teacher itself, finetuned (gsa convert --keep-all, then gsa "
-            f"distill --stages ce:…), got {folder}, whose student has layers of slots"
+            f"distill --stages ce:…), got {folder}, whose student has converted layers"
         )
     return Yardstick(folder=folder, loss=found["student"])
 

@@ -28,7 +28,7 @@ from gsa.conversion.objectives import Align, FrozenTeacher, Kl
 from gsa.conversion.recall import Questions, make_questions, prose_of
 from gsa.conversion.recovery import Comparison, Recovery, compare
 from gsa.data import MixedShards, TokenShards, open_rows
-from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.training import RunError, train
 from gsa.training.distributed import Team, join
@@ -163,10 +163,10 @@ def _check_shards(config: DistillConfig) -> None:
 def _check_aligned(config: DistillConfig) -> None:
     own: Any = GSAConfig.from_pretrained(config.student)
     layers = (own.mixer_options(layer) for layer in range(own.num_hidden_layers))
-    slots = any(isinstance(options, SlotAttentionOptions) for options in layers)
-    if not slots and any(stage.objective == "align" for stage in config.plan()):
+    kept = all(isinstance(options, SoftmaxAttentionOptions) for options in layers)
+    if kept and any(stage.objective == "align" for stage in config.plan()):
         raise ValueError(
-            f"stages: expected no align for {config.student}, which has no layer of slots"
+            f"stages: expected no align for {config.student}, which keeps softmax in every layer"
         )
 
 

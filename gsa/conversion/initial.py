@@ -11,9 +11,14 @@ from gsa.conversion.config import ConvertConfig
 from gsa.conversion.student import Plan
 from gsa.layers.feature_map import FeatureMap
 from gsa.layers.gate import spread_logits
-from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.options import (
+    LinearAttentionOptions,
+    SlotAttentionOptions,
+    SoftmaxAttentionOptions,
+)
 
-GATE, GATE_BIAS = "attn.f_proj.weight", "attn.f_proj.bias"
+GATE = "attn.f_proj.weight"
+GATE_BIASES = ("attn.f_proj.bias", "attn.f_out.bias")
 
 
 def new_weight(name: str, plan: Plan, options: ConvertConfig, keys: Tensor | None) -> Tensor:
@@ -28,12 +33,13 @@ def new_weight(name: str, plan: Plan, options: ConvertConfig, keys: Tensor | Non
     owner, _, parameter = name.rpartition(".")
     layer = int(name.split(".")[2])
     mixer = plan.config.mixer_options(layer)
-    assert isinstance(mixer, SlotAttentionOptions)
+    assert not isinstance(mixer, SoftmaxAttentionOptions)
     if options.gate_init == "pooled_keys" and name.endswith(GATE):
-        assert keys is not None
+        assert keys is not None and isinstance(mixer, SlotAttentionOptions)
         return pooled_keys(keys, mixer)
-    if options.gate_init == "spread" and name.endswith(GATE_BIAS):
-        return spread_logits(mixer.kv_heads, mixer.slots).flatten()
+    if options.gate_init == "spread" and name.endswith(GATE_BIASES):
+        linear = isinstance(mixer, LinearAttentionOptions)
+        return spread_logits(mixer.kv_heads, mixer.key_width if linear else mixer.slots).flatten()
     module = plan.model.get_submodule(owner)
     if isinstance(plan.model.get_submodule(owner.rpartition(".")[0]), FeatureMap):
         return torch.eye(mixer.key_width)
@@ -59,10 +65,11 @@ def check_new(plan: Plan, options: ConvertConfig) -> None:
             f"{options.window}"
         )
     width = plan.config.head_dim
-    if options.gate_init == "pooled_keys" and width is not None and options.slots > width:
+    slots = options.slots or 0
+    if options.gate_init == "pooled_keys" and width is not None and slots > width:
         raise ValueError(
             f"slots: expected at most {width}, the width of a head, with gate_init pooled_keys "
-            f"(more would be equal pairwise), got {options.slots}"
+            f"(more would be equal pairwise), got {slots}"
         )
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from gsa.data import Batch
-from gsa.layers import GatedSlotAttention, TokenLayout
+from gsa.layers import SoftmaxAttention, TokenLayout
 from gsa.model.loss import IGNORE, linear_kl, next_tokens
 from gsa.training.distributed import is_sharded
 
@@ -101,9 +101,9 @@ class FrozenTeacher:
 
 
 class Align:
-    """Each slot layer by itself gives what the teacher's attention gives for the same input.
+    """Each layer with a memory by itself gives what the teacher's attention gives for its input.
 
-    The loss of a token is ‖student - teacher‖₂ / √D, the mean over slot layers; the teacher's
+    The loss of a token is ‖student - teacher‖₂ / √D, the mean over those layers; the teacher's
     attention drives the residual stream, so that no layer's error reaches another.
     """
 
@@ -137,10 +137,10 @@ class Align:
 def _gap(
     model: Any, wanted: list[tuple[Tensor, Tensor]], layout: TokenLayout, counts_N: Tensor
 ) -> Tensor:
-    """How far slot layers are from what is wanted: (what each was given, what it was to give)."""
+    """How far layers with a memory are from what is wanted of them: (input, output) of each."""
     losses = []
     for block, (x, y) in zip(model.model.layers, wanted, strict=True):
-        if isinstance(block.attn, GatedSlotAttention):
+        if not isinstance(block.attn, SoftmaxAttention):
             # With a gradient to hand on, a sharded block lets its weights go as soon as it may.
             gap = (block.mix(x.requires_grad_(is_sharded(model)), layout) - y)[0].float()
             losses.append((gap.norm(dim=1) * counts_N).sum() / gap.shape[1] ** 0.5)

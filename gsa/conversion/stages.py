@@ -7,7 +7,7 @@ Aim = Literal["align", "kl", "ce"]
 Preset = Literal["default", "paper", "lora", "smoke"]
 MIXERS = ".attn."
 """In the names of a token mixer's parameters."""
-NEW = (".f_proj.", ".g_norm.", ".g_proj.", ".feature_map.", ".share_proj.", "_conv1d.")
+NEW = (".f_proj.", ".f_out.", ".g_norm.", ".g_proj.", ".feature_map.", ".share_proj.", "_conv1d.")
 """In the names of what a mixer has that its teacher's attention had not."""
 RANK = 8
 """Of adapters."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gsa.conversion.config import ConvertConfig
+from gsa.conversion.config import TARGETS, ConvertConfig
 from gsa.conversion.teacher import DTYPES, EMBEDDINGS, Teacher
 from gsa.layers.options import check_choice
 from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
@@ -49,14 +49,10 @@ def student_config(teacher: Teacher, options: ConvertConfig) -> GSAConfig:
         **heads,
         **(rope if options.rope else {}),
         **_window(options, rope),
-        **options.model,
+        **_mixer(options),
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
         num_hidden_layers=layers,
-        num_slots=options.slots,
-        gate_bias=options.gate_init == "spread",
-        gate_logit_normalizer=options.tau,
-        feature_map=options.feature_map,
         norm_eps=theirs.rms_norm_eps,
         intermediate_size=theirs.intermediate_size,
         attn=_kept(teacher, options.keep_layers, heads | rope),
@@ -122,7 +118,7 @@ def _check_teacher(theirs: Any) -> None:
 
 
 def _heads(teacher: Teacher) -> dict[str, Any]:
-    """What slot layers and kept layers have in common, as keys of either."""
+    """What converted layers and kept layers have in common, as keys of either."""
     theirs, family = teacher.config, teacher.family
     width = getattr(theirs, "head_dim", None)
     if width is None:
@@ -137,7 +133,7 @@ def _heads(teacher: Teacher) -> dict[str, Any]:
 
 
 def rope_keys(theirs: Any) -> dict[str, Any]:
-    """The teacher's rotation as keys of slot layers and kept layers."""
+    """The teacher's rotation as keys of converted layers and kept layers."""
     given = dict(theirs.rope_parameters)
     kind = given.get("rope_type", "default")
     check_choice("teacher: rope_parameters['rope_type']", kind, ROPE_TYPES)
@@ -173,6 +169,16 @@ def _yarn(given: dict[str, Any]) -> dict[str, float]:
         "beta_slow": given.get("beta_slow") or 1,
         "attention_factor": given.get("attention_factor") or attention,
     }
+
+
+def _mixer(options: ConvertConfig) -> dict[str, Any]:
+    """Keys that the target and the options say; those of `options.model` come first."""
+    keys = TARGETS[options.target].keys | {"feature_map": options.feature_map}
+    if options.tau is not None:
+        keys["gate_logit_normalizer"] = options.tau
+    if options.slots is not None:
+        keys |= {"num_slots": options.slots, "gate_bias": options.gate_init == "spread"}
+    return keys | options.model
 
 
 def _window(options: ConvertConfig, rope: dict[str, Any]) -> dict[str, Any]:

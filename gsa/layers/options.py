@@ -8,10 +8,12 @@ from gsa.layers.gate import GATES
 from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
 from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
 
+DECAYS = ("data_dependent", "fixed")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SlotAttentionOptions:
-    """Sizes and variants of a `GatedSlotAttention`; the defaults are the paper's."""
+class MemoryOptions:
+    """What slot attention and gated linear attention have in common: sizes, and q, k and v."""
 
     hidden_size: int
     """D, width of the residual stream."""
@@ -19,26 +21,18 @@ class SlotAttentionOptions:
     """H, query heads."""
     num_kv_heads: int | None = None
     """G, heads of keys, values, gates and memory; None means H."""
-    num_slots: int | None = 64
-    """M, rows of a head's memory; None means K."""
     head_dim: int | None = None
     """Width of a head before expansion; None means D / H."""
     expand_k: float = 1.0
     """K = head_dim · expand_k."""
     expand_v: float = 1.0
     """V = head_dim · expand_v."""
-    gate: str = "data_dependent"
-    """data_dependent | data_independent | abc | abc_printed."""
-    gate_bias: bool = False
-    """A bias on the gate logits, for gates that depend on the token."""
     gate_logit_normalizer: float = 8.0
     """tau in f = sigmoid(logits)^(1/tau): larger forgets more slowly. Not used by the abc gates."""
     feature_map: str = "swish"
     """On queries and keys: swish | relu | identity | t2r."""
     value_activation: str = "swish"
     """On values: swish | identity."""
-    slot_activation: SlotActivation = "softmax"
-    """From scores to read weights: softmax | identity | swish | relu | relu2."""
     scale: float | str = 1.0
     """Factor on the scores: a number, or "rsqrt_key" for 1/sqrt(K)."""
     qkv_bias: bool = False
@@ -49,32 +43,19 @@ class SlotAttentionOptions:
     """Rotates queries and keys by position after the feature map; None leaves positions out."""
     rope_scaling: dict | None = None
     """Scaling of the rotation: rope_type default | linear | llama3 | yarn and its numbers."""
-    use_short_conv: bool = False
-    """A causal depthwise convolution after each of the q, k and v projections."""
-    conv_size: int = 4
-    """Taps of that convolution."""
-    output_norm: bool = True
-    """The RMSNorm before the output projection."""
     elementwise_affine: bool = True
-    """A learned weight in that norm."""
+    """A learned weight in the norm before the output projection."""
     norm_eps: float = 1e-6
     """eps of the query/key norms."""
     output_norm_eps: float = 1e-5
     """eps of the norm before the output projection."""
     output_gate: bool = False
     """Multiplies the normed output by swish(W_g x)."""
-    window_branch: int | None = None
-    """A softmax branch over so many tokens, the query's own included, that shares q, k, v and o
-    with the slots; a learned gate mixes the two. None leaves it out."""
-    window_rope_theta: float | None = None
-    """Rotates that branch's queries and keys by position; None leaves positions out."""
-    window_rope_scaling: dict | None = None
-    """Scaling of that rotation, as in rope_scaling."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads"):
             check_positive_int(name, getattr(self, name))
-        for name in ("num_kv_heads", "num_slots", "head_dim", "window_branch"):
+        for name in ("num_kv_heads", "head_dim"):
             if getattr(self, name) is not None:
                 check_positive_int(name, getattr(self, name))
         for name in (
@@ -98,33 +79,12 @@ class SlotAttentionOptions:
                     f"{name}: expected a factor that makes head_dim = {self._head_dim} a whole "
                     f"number >= 1, got {getattr(self, name)}"
                 )
-        check_choice("gate", self.gate, GATES)
         check_choice("feature_map", self.feature_map, FEATURE_MAPS)
         check_choice("value_activation", self.value_activation, VALUE_ACTIVATIONS)
-        check_choice("slot_activation", self.slot_activation, SLOT_ACTIVATIONS)
         if self.scale != "rsqrt_key" and not is_number(self.scale):
             raise ValueError(f'scale: expected a number or "rsqrt_key", got {self.scale!r}')
         check_flags(self)
         check_rope(self.rope_theta, self.rope_scaling, self.key_width)
-        if self.use_short_conv and (not isinstance(self.conv_size, int) or self.conv_size < 2):
-            raise ValueError(f"conv_size: expected a whole number >= 2, got {self.conv_size!r}")
-        if self.gate_bias and self.gate == "data_independent":
-            raise ValueError("gate_bias: expected False with gate data_independent, which is one")
-        self._check_window()
-
-    def _check_window(self) -> None:
-        rotation = (self.window_rope_theta, self.window_rope_scaling)
-        check_rope(*rotation, self.key_width, prefix="window_")
-        if self.window_branch is None and self.window_rope_theta is not None:
-            raise ValueError(
-                "window_rope_theta: expected None without window_branch (nothing to rotate), got "
-                f"{self.window_rope_theta}"
-            )
-        if self.window_branch is not None and self.use_short_conv:
-            raise ValueError(
-                "window_branch: expected None with use_short_conv (its queries and keys are those "
-                f"of the projections), got {self.window_branch}"
-            )
 
     @property
     def _head_dim(self) -> int:
@@ -146,6 +106,65 @@ class SlotAttentionOptions:
         return round(self._head_dim * self.expand_v)
 
     @property
+    def score_scale(self) -> float:
+        """The number by which scores are multiplied."""
+        return self.key_width**-0.5 if isinstance(self.scale, str) else float(self.scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotAttentionOptions(MemoryOptions):
+    """Sizes and variants of a `GatedSlotAttention`; the defaults are the paper's."""
+
+    num_slots: int | None = 64
+    """M, rows of a head's memory; None means K."""
+    gate: str = "data_dependent"
+    """data_dependent | data_independent | abc | abc_printed."""
+    gate_bias: bool = False
+    """A bias on the gate logits, for gates that depend on the token."""
+    slot_activation: SlotActivation = "softmax"
+    """From scores to read weights: softmax | identity | swish | relu | relu2."""
+    use_short_conv: bool = False
+    """A causal depthwise convolution after each of the q, k and v projections."""
+    conv_size: int = 4
+    """Taps of that convolution."""
+    output_norm: bool = True
+    """The RMSNorm before the output projection."""
+    window_branch: int | None = None
+    """A softmax branch over so many tokens, the query's own included, that shares q, k, v and o
+    with the slots; a learned gate mixes the two. None leaves it out."""
+    window_rope_theta: float | None = None
+    """Rotates that branch's queries and keys by position; None leaves positions out."""
+    window_rope_scaling: dict | None = None
+    """Scaling of that rotation, as in rope_scaling."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_slots", "window_branch"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
+        check_choice("gate", self.gate, GATES)
+        check_choice("slot_activation", self.slot_activation, SLOT_ACTIVATIONS)
+        if self.use_short_conv and (not isinstance(self.conv_size, int) or self.conv_size < 2):
+            raise ValueError(f"conv_size: expected a whole number >= 2, got {self.conv_size!r}")
+        if self.gate_bias and self.gate == "data_independent":
+            raise ValueError("gate_bias: expected False with gate data_independent, which is one")
+        self._check_window()
+
+    def _check_window(self) -> None:
+        rotation = (self.window_rope_theta, self.window_rope_scaling)
+        check_rope(*rotation, self.key_width, prefix="window_")
+        if self.window_branch is None and self.window_rope_theta is not None:
+            raise ValueError(
+                "window_rope_theta: expected None without window_branch (nothing to rotate), got "
+                f"{self.window_rope_theta}"
+            )
+        if self.window_branch is not None and self.use_short_conv:
+            raise ValueError(
+                "window_branch: expected None with use_short_conv (its queries and keys are those "
+                f"of the projections), got {self.window_branch}"
+            )
+
+    @property
     def slots(self) -> int:
         """M."""
         return self.key_width if self.num_slots is None else self.num_slots
@@ -156,10 +175,20 @@ class SlotAttentionOptions:
         between = self.use_short_conv or self.qk_norm or self.window_branch is not None
         return {self.feature_map, self.value_activation} == {"swish"} and not between
 
-    @property
-    def score_scale(self) -> float:
-        """The number by which scores are multiplied."""
-        return self.key_width**-0.5 if isinstance(self.scale, str) else float(self.scale)
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAttentionOptions(MemoryOptions):
+    """Sizes and variants of a `LinearAttention`."""
+
+    decay: str
+    """data_dependent (GLA's, for each key) | fixed (RetNet's, one number per head)."""
+    gate_low_rank: int = 16
+    """Rank of the weights of gates that depend on the token."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("decay", self.decay, DECAYS)
+        check_positive_int("gate_low_rank", self.gate_low_rank)
 
 
 @dataclass(frozen=True, kw_only=True)

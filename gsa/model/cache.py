@@ -12,10 +12,23 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from gsa.layers.options import SlotAttentionOptions, SoftmaxAttentionOptions
-from gsa.layers.slot_attention import MixerOutput, State, replay_slots
+from gsa.layers.linear_attention import replay_linear
+from gsa.layers.mixer import MixerOutput, State
+from gsa.layers.options import (
+    LinearAttentionOptions,
+    SlotAttentionOptions,
+    SoftmaxAttentionOptions,
+)
+from gsa.layers.slot_attention import replay_slots
 from gsa.layers.softmax_attention import replay_window
-from gsa.model.config import GSAConfig
+from gsa.model.config import GSAConfig, MixerOptions
+
+REPLAYS: dict[type, Callable[..., State]] = {
+    SlotAttentionOptions: replay_slots,
+    LinearAttentionOptions: replay_linear,
+    SoftmaxAttentionOptions: replay_window,
+}
+"""How each kind of layer makes its state again from recorded steps."""
 
 
 @dataclass
@@ -25,14 +38,15 @@ class LayerCache:
     States are replaced, never written into, so sharing their tensors is safe.
     """
 
-    options: SlotAttentionOptions | SoftmaxAttentionOptions
+    options: MixerOptions
     state: State | None = None
     base: State | None = None
     steps: list[State] = field(default_factory=list)
 
     @property
     def memory(self) -> Tensor | None:
-        """The slot memory [B, G, M, K+V]; None before the first token and in softmax layers."""
+        """The slot memory [B, G, M, K+V], or a linear mixer's [B, G, K, V]; None before the first
+        token and in softmax layers."""
         return None if self.state is None else self.state.get("memory")
 
     def advance(self, state: State, step: State, *, record: bool) -> None:
@@ -54,10 +68,7 @@ class LayerCache:
             names = self.steps[0]
             joined = {name: torch.cat([step[name] for step in self.steps], 1) for name in names}
             step = {name: value[:, :tokens] for name, value in joined.items()}
-            if isinstance(self.options, SlotAttentionOptions):
-                self.state = replay_slots(self.options, self.base, step)
-            else:
-                self.state = replay_window(self.options, self.base, step)
+            self.state = REPLAYS[type(self.options)](self.options, self.base, step)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of the batch dimension to everything held."""
@@ -81,8 +92,8 @@ class GSACache(Cache):
     """The state of a whole model: `layers[i].state`, tensors by name, batch first.
 
     Slot layers hold a memory, with an abc gate its normaliser, with short convolutions their
-    tails: a size that does not depend on how much was read. Softmax layers of a hybrid hold keys
-    and values, with a window at most window_size - 1 of them.
+    tails; layers of linear attention hold a memory: sizes that do not depend on how much was read.
+    Softmax layers of a hybrid hold keys and values, with a window at most window_size - 1 of them.
 
     Args:
         config: the model's.
@@ -228,7 +239,7 @@ class GSACache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        return [isinstance(layer.options, SlotAttentionOptions) for layer in self.layers]
+        return [not isinstance(layer.options, SoftmaxAttentionOptions) for layer in self.layers]
 
 
 class GSAGenerationMixin(GenerationMixin):

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from gsa.layers.options import (
+    LinearAttentionOptions,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
     check_choice,
@@ -44,14 +45,32 @@ ATTENTION_KEYS = (
 )
 
 
+DECAYS = {"gla": "data_dependent", "retnet": "fixed"}
+"""What the memory of each linear mixer forgets by."""
+
+MIXERS = ("gsa", *DECAYS)
+
+MIXER_KEYS = frozenset(
+    field.name
+    for kind in (SlotAttentionOptions, LinearAttentionOptions)
+    for field in fields(kind)
+    if field.name != "decay"
+)
+"""Fields that some mixer with a memory reads."""
+
+MixerOptions = SlotAttentionOptions | LinearAttentionOptions | SoftmaxAttentionOptions
+
+
 class GSAConfig(PreTrainedConfig):
-    """Configuration of a Gated Slot Attention language model.
+    """Configuration of a Gated Slot Attention language model, or of a rival in its place.
 
     Accepts the configs of the published `fla-hub/gsa-*` checkpoints as they are. Every field below
     changes the model or is refused; keys known to do nothing (`DEAD_KEYS`) are dropped; any other
     unknown key raises ValueError. The fields of the token mixer are described in
-    `gsa.layers.options.SlotAttentionOptions`. The rest:
+    `gsa.layers.options`, `SlotAttentionOptions` and `LinearAttentionOptions`. The rest:
 
+        mixer: gsa, or gated linear attention in its place with the decays of gla or retnet (see
+            docs/rivals.md); fields that the chosen one does not have must be left alone.
         hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
             thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256.
         hidden_act: "swish" (or its other name, "silu"), the only activation of the gated MLP.
@@ -75,6 +94,7 @@ class GSAConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 2048
     num_hidden_layers: int = 24
+    mixer: str = "gsa"
     num_heads: int = 4
     num_kv_heads: int | None = None
     num_slots: int | None = 64
@@ -84,6 +104,7 @@ class GSAConfig(PreTrainedConfig):
     gate: str = "data_dependent"
     gate_bias: bool = False
     gate_logit_normalizer: float = 8
+    gate_low_rank: int = 16
     feature_map: str = "swish"
     value_activation: str = "swish"
     slot_activation: str = "softmax"
@@ -149,8 +170,9 @@ class GSAConfig(PreTrainedConfig):
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; a guess about the weights is not saved."""
-        return {key: v for key, v in super().to_dict().items() if key != "_eps_follows_layout"}
+        """As in transformers, without guesses about weights, and fields the mixer has not."""
+        left_out = {"_eps_follows_layout"} | (MIXER_KEYS - self._mixer_fields())
+        return {key: v for key, v in super().to_dict().items() if key not in left_out}
 
     def _without_dead_keys(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Drops what is known to do nothing, takes over misspelt keys, refuses what is unknown."""
@@ -199,9 +221,28 @@ class GSAConfig(PreTrainedConfig):
                 f"pad_token_id: expected a token below vocab_size = {self.vocab_size}, got "
                 f"{self.pad_token_id}"
             )
+        self._check_mixer()
         self._check_attention_layers()
         for layer in range(self.num_hidden_layers):
             self.mixer_options(layer)
+
+    def _check_mixer(self) -> None:
+        check_choice("mixer", self.mixer, MIXERS)
+        defaults = {field.name: field.default for field in fields(type(self))}
+        for name in sorted(MIXER_KEYS - self._mixer_fields()):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}: expected {defaults[name]!r} with mixer {self.mixer!r}, which has no "
+                    f"use for it, got {getattr(self, name)!r}"
+                )
+
+    def _mixer_fields(self) -> set[str]:
+        """Fields that the mixer reads, of those which its options have."""
+        if self.mixer == "gsa":
+            return {field.name for field in fields(SlotAttentionOptions)}
+        names = {field.name for field in fields(LinearAttentionOptions)} & MIXER_KEYS
+        gate = {"gate_logit_normalizer", "gate_low_rank"}
+        return names if self.mixer == "gla" else names - gate
 
     def _check_attention_layers(self) -> None:
         seen: set[int] = set()
@@ -236,7 +277,7 @@ class GSAConfig(PreTrainedConfig):
             return []
         return self.attn if isinstance(self.attn, list) else [self.attn]
 
-    def mixer_options(self, layer: int) -> SlotAttentionOptions | SoftmaxAttentionOptions:
+    def mixer_options(self, layer: int) -> MixerOptions:
         """What the token mixer of that layer is to be."""
         for spec in self._attention_specs():
             if layer in spec["layers"]:
@@ -247,8 +288,10 @@ class GSAConfig(PreTrainedConfig):
                 return SoftmaxAttentionOptions(
                     hidden_size=self.hidden_size, norm_eps=self.norm_eps, **chosen
                 )
-        names = {field.name for field in fields(SlotAttentionOptions)}
-        return SlotAttentionOptions(**{name: getattr(self, name) for name in names})
+        chosen = {name: getattr(self, name) for name in self._mixer_fields()}
+        if self.mixer == "gsa":
+            return SlotAttentionOptions(**chosen)
+        return LinearAttentionOptions(**chosen, decay=DECAYS[self.mixer])
 
     @property
     def mlp_width(self) -> int:
@@ -259,8 +302,8 @@ class GSAConfig(PreTrainedConfig):
         return 256 * -(-int(self.hidden_size * ratio * 2 / 3) // 256)
 
 
-def _layer_type(options: SlotAttentionOptions | SoftmaxAttentionOptions) -> str:
-    if isinstance(options, SlotAttentionOptions):
+def _layer_type(options: MixerOptions) -> str:
+    if not isinstance(options, SoftmaxAttentionOptions):
         return "linear_attention"
     return "full_attention" if options.window_size is None else "sliding_attention"
 

@@ -9,6 +9,8 @@ The slot memory counts as the recurrence that defines it, per token and layer
     H · 2·M·(K+V)   two reads: memory[:, :K] · q and weightsᵀ · memory[:, K:]
     G · 2·M·(K+V)   one write: memory + w ⊗ [k ; v]
 
+and the memory of gated linear attention as (H + G) · 2·K·V, a read and a write.
+
 Products within chunks, memories computed again and recomputed activations belong to an
 implementation, not to the model (docs/decisions.md).
 """
@@ -19,11 +21,16 @@ from dataclasses import dataclass
 
 import torch
 
-from gsa.layers.options import SlotAttentionOptions, SoftmaxAttentionOptions, check_positive_int
-from gsa.model.config import GSAConfig
+from gsa.layers.options import (
+    LinearAttentionOptions,
+    SlotAttentionOptions,
+    SoftmaxAttentionOptions,
+    check_positive_int,
+)
+from gsa.model.config import GSAConfig, MixerOptions
 from gsa.ops.types import compute_dtype
 
-Options = SlotAttentionOptions | SoftmaxAttentionOptions
+Memory = SlotAttentionOptions | LinearAttentionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,7 @@ class TokenFlops:
     head: int
     """The logits, of every token: training needs them all, a prompt only the last."""
     memory: int
-    """Reads and writes of the slot memories."""
+    """Reads and writes of the memories."""
     attention: float
     """q kᵀ and weights · v of softmax layers and window branches, over the tokens in sight."""
 
@@ -107,29 +114,29 @@ def flops_per_token(config: GSAConfig, tokens: int) -> TokenFlops:
     check_positive_int("tokens", tokens)
     D = config.hidden_size
     layers = list(_layers(config))
-    slots = [one for one in layers if isinstance(one, SlotAttentionOptions)]
-    products = sum(map(_projections, layers)) + sum(map(_feature_products, slots))
+    memories = [one for one in layers if not isinstance(one, SoftmaxAttentionOptions)]
+    products = sum(map(_projections, layers)) + sum(map(_feature_products, memories))
     return TokenFlops(
         projections=2 * products,
         mlp=config.num_hidden_layers * 2 * 3 * D * config.mlp_width,
         head=2 * D * config.vocab_size,
-        memory=sum(map(memory_flops, slots)),
+        memory=sum(map(memory_flops, memories)),
         attention=sum(_attention_flops(one, tokens) for one in layers),
     )
 
 
-def mixer_flops(options: Options, tokens: int) -> float:
+def mixer_flops(options: MixerOptions, tokens: int) -> float:
     """A forward pass of one layer's token mixer, per token of sequences of `tokens` tokens."""
-    slots = isinstance(options, SlotAttentionOptions)
-    products = _projections(options) + (_feature_products(options) if slots else 0)
-    own = memory_flops(options) if slots else 0
+    products, own = _projections(options), 0
+    if not isinstance(options, SoftmaxAttentionOptions):
+        products, own = products + _feature_products(options), memory_flops(options)
     return 2 * products + own + _attention_flops(options, tokens)
 
 
-def memory_flops(options: SlotAttentionOptions) -> int:
-    """The operator's FLOPs per token of one layer, forward, as a recurrence: (H + G)·2·M·(K+V)."""
-    heads = options.num_heads + options.kv_heads
-    return heads * 2 * options.slots * (options.key_width + options.value_width)
+def memory_flops(options: Memory) -> int:
+    """The operator's FLOPs per token of one layer, forward, as a recurrence: (H + G)·2·M·(K+V), or
+    (H + G)·2·K·V."""
+    return (options.num_heads + options.kv_heads) * 2 * _memory_numbers(options)
 
 
 def mean_visible(tokens: int, window: int | None) -> float:
@@ -141,8 +148,8 @@ def mean_visible(tokens: int, window: int | None) -> float:
 def state_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes that a `GSACache` holds for one sequence of `tokens` tokens, in a model of that dtype.
 
-    Slot memories [G, M, K+V], and normalisers of abc gates, are fp32 (fp64 for fp64) and do not
-    depend on tokens. Tails of short convolutions, keys and values have the model's dtype.
+    Memories [G, M, K+V] or [G, K, V], and normalisers of abc gates, are fp32 (fp64 for fp64) and do
+    not depend on tokens. Tails of short convolutions, keys and values have the model's dtype.
     """
     return sum(_state_bytes(one, tokens, dtype) for one in _layers(config))
 
@@ -154,8 +161,8 @@ def kv_cache_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bf
     """
     numbers = 0
     for one in _layers(config):
-        slots = isinstance(one, SlotAttentionOptions)
-        numbers += one.kv_heads * (one.key_width + one.value_width if slots else 2 * one.width)
+        softmax = isinstance(one, SoftmaxAttentionOptions)
+        numbers += one.kv_heads * (2 * one.width if softmax else one.key_width + one.value_width)
     return numbers * tokens * dtype.itemsize
 
 
@@ -241,41 +248,50 @@ def device_hours(tokens: float, flops_per_token: float, peak: float, utilisation
     return tokens * flops_per_token / (peak * utilisation) / 3600
 
 
-def _layers(config: GSAConfig) -> Iterable[Options]:
+def _layers(config: GSAConfig) -> Iterable[MixerOptions]:
     return (config.mixer_options(layer) for layer in range(config.num_hidden_layers))
 
 
-def _projections(options: Options) -> int:
+def _projections(options: MixerOptions) -> int:
     """Weights of the linear layers on the residual stream: each multiplies every token once."""
     D, H, G = options.hidden_size, options.num_heads, options.kv_heads
     if isinstance(options, SoftmaxAttentionOptions):
         return 2 * D * (H + G) * options.width
-    K, V, M = options.key_width, options.value_width, options.slots
-    gate = 0 if options.gate == "data_independent" else D * G * M
-    output_gate = D * H * V if options.output_gate else 0
+    K, V = options.key_width, options.value_width
+    qkvo = D * (H + G) * (K + V) + (D * H * V if options.output_gate else 0)
+    if isinstance(options, LinearAttentionOptions):
+        depends = options.decay == "data_dependent"
+        return qkvo + (options.gate_low_rank * (D + G * K) if depends else 0)
+    gate = 0 if options.gate == "data_independent" else D * G * options.slots
     share = 0 if options.window_branch is None else D * H
-    return D * (H + G) * (K + V) + gate + output_gate + share
+    return qkvo + gate + share
 
 
-def _attention_flops(options: Options, tokens: int) -> float:
+def _memory_numbers(options: Memory) -> int:
+    """Numbers in the memory of one head."""
+    K, V = options.key_width, options.value_width
+    return K * V if isinstance(options, LinearAttentionOptions) else options.slots * (K + V)
+
+
+def _attention_flops(options: MixerOptions, tokens: int) -> float:
     """q kᵀ and weights · v per token."""
     if isinstance(options, SoftmaxAttentionOptions):
         widths, window = 2 * options.width, options.window_size
-    elif options.window_branch is None:
+    elif isinstance(options, LinearAttentionOptions) or options.window_branch is None:
         return 0.0
     else:
         widths, window = options.key_width + options.value_width, options.window_branch
     return 2 * options.num_heads * widths * mean_visible(tokens, window)
 
 
-def _feature_products(options: SlotAttentionOptions) -> int:
+def _feature_products(options: Memory) -> int:
     """Multiplications by a learned feature map [K, K]: one per query head and one per key head."""
     if options.feature_map != "t2r":
         return 0
     return (options.num_heads + options.kv_heads) * options.key_width**2
 
 
-def _small_parameters(options: Options) -> int:
+def _small_parameters(options: MixerOptions) -> int:
     """Parameters of a mixer besides its projections."""
     H, G = options.num_heads, options.kv_heads
     if isinstance(options, SoftmaxAttentionOptions):
@@ -283,14 +299,29 @@ def _small_parameters(options: Options) -> int:
         own = 0
     else:
         K, V = options.key_width, options.value_width
-        own = G * options.slots if options.gate == "data_independent" else 0
-        own += options.conv_size * _qkv_width(options) if options.use_short_conv else 0
-        own += K * K if options.feature_map == "t2r" else 0
-        own += H * V if options.output_norm and options.elementwise_affine else 0
-        own += G * options.slots if options.gate_bias else 0
-        own += 0 if options.window_branch is None else H
+        own = K * K if options.feature_map == "t2r" else 0
+        if isinstance(options, LinearAttentionOptions):
+            own += _linear_parameters(options)
+        else:
+            own += _slot_parameters(options)
     biases = H * K + G * (K + V) if options.qkv_bias else 0
     return own + biases + (2 * K if options.qk_norm else 0)
+
+
+def _linear_parameters(options: LinearAttentionOptions) -> int:
+    """Parameters that only linear attention has, besides its projections."""
+    bias = options.kv_heads * options.key_width if options.decay == "data_dependent" else 0
+    return bias + (options.value_width if options.elementwise_affine else 0)
+
+
+def _slot_parameters(options: SlotAttentionOptions) -> int:
+    """Parameters that only slot attention has, besides its projections."""
+    H, G, V = options.num_heads, options.kv_heads, options.value_width
+    own = G * options.slots if options.gate == "data_independent" else 0
+    own += options.conv_size * _qkv_width(options) if options.use_short_conv else 0
+    own += H * V if options.output_norm and options.elementwise_affine else 0
+    own += G * options.slots if options.gate_bias else 0
+    return own + (0 if options.window_branch is None else H)
 
 
 def _qkv_width(options: SlotAttentionOptions) -> int:
@@ -298,16 +329,17 @@ def _qkv_width(options: SlotAttentionOptions) -> int:
     return options.num_heads * K + options.kv_heads * (K + V)
 
 
-def _state_bytes(options: Options, tokens: int, dtype: torch.dtype) -> int:
+def _state_bytes(options: MixerOptions, tokens: int, dtype: torch.dtype) -> int:
     G = options.kv_heads
     if isinstance(options, SoftmaxAttentionOptions):
         kept = tokens if options.window_size is None else min(tokens, options.window_size - 1)
         position = torch.int64.itemsize
         return kept * (2 * G * options.width * dtype.itemsize + position)
-    M, X = options.slots, options.key_width + options.value_width
-    numbers = G * M * X
+    X, numbers = options.key_width + options.value_width, G * _memory_numbers(options)
+    if isinstance(options, LinearAttentionOptions):
+        return numbers * compute_dtype(dtype).itemsize
     if options.gate in ("abc", "abc_printed"):
-        numbers += G * M
+        numbers += G * options.slots
     tails = (options.conv_size - 1) * _qkv_width(options) if options.use_short_conv else 0
     kept = 0 if options.window_branch is None else min(tokens, options.window_branch - 1)
     in_sight = kept * (G * X * dtype.itemsize + torch.int64.itemsize)

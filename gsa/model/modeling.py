@@ -10,9 +10,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gsa.layers.gate import StaticGate
+from gsa.layers.linear_attention import LinearAttention
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.norm import RMSNorm
-from gsa.layers.options import SlotAttentionOptions
+from gsa.layers.options import (
+    LinearAttentionOptions,
+    SlotAttentionOptions,
+    SoftmaxAttentionOptions,
+)
 from gsa.layers.short_convolution import ShortConvolution
 from gsa.layers.slot_attention import GatedSlotAttention
 from gsa.layers.softmax_attention import SoftmaxAttention
@@ -28,6 +33,13 @@ from gsa.model.loading import (
 )
 from gsa.model.loss import CHUNK_LOGITS, next_token_loss, next_token_loss_of_hidden
 
+MIXERS: dict[type, type[Any]] = {
+    SlotAttentionOptions: GatedSlotAttention,
+    LinearAttentionOptions: LinearAttention,
+    SoftmaxAttentionOptions: SoftmaxAttention,
+}
+"""The token mixer of each kind of options."""
+
 
 class GSABlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then + MLP(norm(·)): the pre-norm block of paper Figure 2."""
@@ -37,10 +49,7 @@ class GSABlock(GradientCheckpointingLayer):
         self.layer = layer
         options = config.mixer_options(layer)
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        if isinstance(options, SlotAttentionOptions):
-            self.attn = GatedSlotAttention(options)
-        else:
-            self.attn = SoftmaxAttention(options)
+        self.attn = MIXERS[type(options)](options)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 

@@ -1,12 +1,19 @@
 """The gated slot attention operator: mathematics only, on plain torch tensors.
 
     from gsa.ops import gated_slot_attention, gated_slot_step
+    from gsa.ops import gated_linear_attention, gated_linear_step
 
 `reference.py` is the definition, `chunked.py` computes the same in chunks, `api.py` checks the
 arguments and chooses. Nothing here imports transformers or triton.
 """
 
-from gsa.ops.api import describe_impl, gated_slot_attention, gated_slot_step
+from gsa.ops.api import (
+    describe_impl,
+    gated_linear_attention,
+    gated_linear_step,
+    gated_slot_attention,
+    gated_slot_step,
+)
 from gsa.ops.types import IMPLS, SLOT_ACTIVATIONS, Impl, SlotActivation, SlotAttentionOutput
 from gsa.ops.validation import check_cu_seqlens
 
@@ -18,6 +25,8 @@ __all__ = [
     "SlotAttentionOutput",
     "check_cu_seqlens",
     "describe_impl",
+    "gated_linear_attention",
+    "gated_linear_step",
     "gated_slot_attention",
     "gated_slot_step",
 ]

@@ -6,15 +6,29 @@ import torch
 from torch import Tensor
 
 from gsa.ops.chunked_op import chunked_attention
-from gsa.ops.reference import reference_attention, reference_step
+from gsa.ops.reference import (
+    linear_advance,
+    reference_attention,
+    reference_linear_attention,
+    reference_step,
+)
 from gsa.ops.triton.op import triton_attention, unfit_for_triton
 from gsa.ops.triton.step_op import triton_step
-from gsa.ops.types import Impl, SlotActivation, SlotAttentionOutput, without_autocast
+from gsa.ops.types import (
+    Impl,
+    SlotActivation,
+    SlotAttentionOutput,
+    compute_dtype,
+    without_autocast,
+)
 from gsa.ops.validation import (
+    check_impl,
     check_inputs,
+    check_linear_inputs,
     check_memory,
     check_options,
     check_packing,
+    check_scale,
     check_step,
 )
 
@@ -185,3 +199,101 @@ def gated_slot_step(
         else:
             memory.index_copy_(0, rows, after)
         return SlotAttentionOutput(output, memory)
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    initial_memory: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> SlotAttentionOutput:
+    """Linear attention over a memory that decays: what gated slot attention is made of, by itself.
+
+        memory_t = Diag(exp(log_decay_t)) · memory_{t-1} + k_t ⊗ v_t
+        output_t = scale · memory_tᵀ q_t
+
+    "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv 2312.06635); with
+    one constant decay per head "Retentive Network" (arXiv 2307.08621); with log_decay 0 plain
+    linear attention without a normaliser. Differentiable in every floating argument, the initial
+    memory included, from both results. Time is linear in T. No input is modified.
+
+    Args:
+        q: [B, T, H, K], fp64, fp32, bf16 or fp16; k and v share its dtype. Any strides.
+        k: [B, T, G, K]; H is a multiple of G, and query heads h·H/G … share key/value head h.
+        v: [B, T, G, V].
+        log_decay: [B, T, G, K], finite and <= 0, in q's dtype or fp32. A decay that is the same for
+            all keys or tokens may be expanded: strides of 0 are fine.
+        scale: factor on the outputs; the papers have 1/sqrt(K).
+        initial_memory: [B, G, K, V], fp32 (fp64 for fp64 inputs); zeros if None.
+        cu_seqlens: [S+1], as in `gated_slot_attention` (B = 1, memory [S, G, K, V]).
+        impl: as in `gated_slot_attention`; the kernels take K <= 256.
+
+    Returns:
+        SlotAttentionOutput: output [B, T, H, V] in q's dtype; memory [B, G, K, V] after the last
+        token in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_scale(scale)
+    check_impl(impl)
+    sizes = check_linear_inputs(q, k, v, log_decay)
+    if cu_seqlens is not None:
+        check_packing(q, cu_seqlens)
+    if initial_memory is not None:
+        memories = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        letters = "B, G, K, V" if cu_seqlens is None else "S, G, K, V"
+        check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
+    chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_decay, "K"))
+    with without_autocast(q.device.type):
+        if chosen == "reference":
+            return reference_linear_attention(q, k, v, log_decay, scale, initial_memory, cu_seqlens)
+        # A memory without keys: k is what is written, and q the read weights of its K rows.
+        no_keys = k.new_empty(*k.shape[:3], 0)
+        arguments = (q, no_keys, v, log_decay, k, scale, "identity", initial_memory, cu_seqlens)
+        compute = triton_attention if chosen == "triton" else chunked_attention
+        return compute(*arguments, True)
+
+
+@torch.no_grad()
+def gated_linear_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    memory: Tensor,
+    *,
+    scale: float = 1.0,
+    inplace: bool = False,
+) -> SlotAttentionOutput:
+    """Advances the memory by one token and reads it: one step of `gated_linear_attention`.
+
+    For inference only: no gradient flows through it.
+
+    Args:
+        q, k, v, log_decay: as in `gated_linear_attention`, with T = 1.
+        memory: [B, G, K, V], fp32 (fp64 for fp64 inputs).
+        scale: factor on the output.
+        inplace: True updates `memory` and returns it; False leaves it alone.
+
+    Returns:
+        SlotAttentionOutput: output [B, 1, H, V] in q's dtype, and the memory.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    check_scale(scale)
+    check_step(q, memory, None, inplace, check_linear_inputs(q, k, v, log_decay), "B, G, K, V")
+    dtype = compute_dtype(q.dtype)
+    with without_autocast(q.device.type):
+        now_q, now_k, now_v, decay = (x[:, 0].to(dtype) for x in (q, k, v, log_decay))
+        output, after = linear_advance(now_q, now_k, now_v, decay, memory, scale)
+        output = output[:, None].to(q.dtype)
+        if not inplace:
+            return SlotAttentionOutput(output, after)
+        return SlotAttentionOutput(output, memory.copy_(after))

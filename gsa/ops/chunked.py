@@ -21,6 +21,9 @@ sum. Nothing is ever clamped.
 Two products are summed when each is complete (`bmm` + `add_`, not `baddbmm_`): accumulated on top
 of a larger number, each of the C terms of the second would be rounded at that number's size.
 
+Keys of width K = 0 mean that there are no scores: q [U, R, C, M] is the scores itself. With the
+activation "identity" that is gated linear attention, k being the write and q the read weights.
+
 Letters as in `gsa/ops/types.py`. A tile is one chunk of one key/value head; U tiles are computed
 together, the query heads of a group side by side: q [U, R, C, K].
 """
@@ -144,17 +147,13 @@ def readout_forward(
     exact: indices of the tiles beyond the fast form. start: [U, M, X], the memory before them.
     Returns (output [U, R, C, V], score [U, R, C, M] before the activation).
     """
-    U, R, C, K = tiles.q.shape
-    grow, lifted, fade_in = fast_factors(tiles)
-    memory = start if fade_in is None else start * fade_in
-    q = tiles.q.flatten(1, 2)
-    inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
-    score = torch.bmm(q, memory[..., :K].mT).add_(torch.bmm(inside, lifted)).unflatten(1, (R, C))
-    score.mul_(grow[:, None])
-    if read.scale != 1:
-        score.mul_(read.scale)
-    weight = (activate(score, read.slot_activation) * grow[:, None]).flatten(1, 2)
-    mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
+    U, R, C, _ = tiles.q.shape
+    K = tiles.k.shape[2]
+    fast = fast_factors(tiles)
+    memory = start if fast.fade_in is None else start * fast.fade_in
+    score = fast_scores(tiles, fast, memory[..., :K], read.scale)
+    weight = (activate(score, read.slot_activation) * fast.grow[:, None]).flatten(1, 2)
+    mix = causal_(torch.bmm(weight, fast.lifted.mT).view(U, R, C, C)).view(U, R * C, C)
     output = torch.bmm(weight, memory[..., K:]).add_(torch.bmm(mix, tiles.v)).unflatten(1, (R, C))
     if exact.numel():
         redone = readout_exact(tiles.at(exact), start.index_select(0, exact), *read)
@@ -163,11 +162,24 @@ def readout_forward(
     return output, score
 
 
+def fast_scores(tiles: Tiles, fast: Fast, keys: Tensor, scale: float) -> Tensor:
+    """[U, R, C, M]. keys: [U, M, K], faded as the values are. Without keys, q is the scores."""
+    U, R, C, _ = tiles.q.shape
+    if keys.shape[2] == 0:
+        return tiles.q * scale
+    q = tiles.q.flatten(1, 2)
+    inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
+    score = torch.bmm(q, keys.mT).add_(torch.bmm(inside, fast.lifted)).unflatten(1, (R, C))
+    score.mul_(fast.grow[:, None])
+    return score if scale == 1 else score.mul_(scale)
+
+
 def readout_backward(
     tiles: Tiles, exact: Tensor, start: Tensor, score: Tensor, d_output: Tensor, read: Read
 ) -> tuple[TileGradients, Tensor]:
     """Gradients of `readout_forward` for d_output [U, R, C, V]; the second result is d start."""
-    U, R, C, K = tiles.q.shape
+    U, R, C, _ = tiles.q.shape
+    K = tiles.k.shape[2]
     grow, lifted, fade_in = fast_factors(tiles)
     memory = start if fade_in is None else start * fade_in
     q, d_out = tiles.q.flatten(1, 2), d_output.flatten(1, 2)
@@ -179,30 +191,38 @@ def readout_backward(
     )
     d_weight.mul_(grow[:, None])
     d_score = activation_backward(score, weight, d_weight, read.slot_activation)
-    d_decay = (d_weight.double() * weight).addcmul_(score.double(), d_score.double()).sum(1)
+    d_decay = d_weight.double() * weight
+    if K:
+        d_decay.addcmul_(score.double(), d_score.double())
+    d_decay = d_decay.sum(1)
 
     weight = (weight * grow[:, None]).flatten(1, 2)
-    d_score = d_score * (grow * read.scale)[:, None] if read.scale != 1 else d_score * grow[:, None]
-    d_score = d_score.flatten(1, 2)
     mix = causal_(torch.bmm(weight, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
-    inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
-    d_inside = causal_(torch.bmm(d_score, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
-
-    d_lifted = torch.bmm(inside.mT, d_score).add_(torch.bmm(d_mix.mT, weight))
+    d_lifted = torch.bmm(d_mix.mT, weight)
+    d_start = torch.empty_like(start)
+    torch.bmm(weight.mT, d_out, out=d_start[..., K:])
+    if K:
+        d_score = (
+            d_score * (grow * read.scale)[:, None] if read.scale != 1 else d_score * grow[:, None]
+        )
+        d_score = d_score.flatten(1, 2)
+        inside = causal_(torch.bmm(q, tiles.k.mT).view(U, R, C, C)).view(U, R * C, C)
+        d_inside = causal_(torch.bmm(d_score, lifted.mT).view(U, R, C, C)).view(U, R * C, C)
+        d_lifted = torch.bmm(inside.mT, d_score).add_(d_lifted)
+        d_q = torch.bmm(d_inside, tiles.k).add_(torch.bmm(d_score, memory[..., :K]))
+        d_k = torch.bmm(d_inside.mT, q)
+        torch.bmm(d_score.mT, q, out=d_start[..., :K])
+    else:
+        d_q, d_k = d_score * read.scale, torch.zeros_like(tiles.k)
+    if fade_in is not None:
+        d_start.mul_(fade_in)
     gradients = TileGradients(
-        q=torch.bmm(d_inside, tiles.k)
-        .add_(torch.bmm(d_score, memory[..., :K]))
-        .unflatten(1, (R, C)),
-        k=torch.bmm(d_inside.mT, q),
+        q=d_q.view(tiles.q.shape),
+        k=d_k,
         v=torch.bmm(mix.mT, d_out),
         write=d_lifted / grow,
         decay_sum=d_decay.addcmul_(lifted.double(), d_lifted.double(), value=-1),
     )
-    d_start = torch.empty_like(start)
-    torch.bmm(d_score.mT, q, out=d_start[..., :K])
-    torch.bmm(weight.mT, d_out, out=d_start[..., K:])
-    if fade_in is not None:
-        d_start.mul_(fade_in)
 
     if exact.numel():
         redone = readout_exact_backward(

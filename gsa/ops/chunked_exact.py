@@ -116,8 +116,10 @@ def readout_exact(
     q, k, v, write, log_forget, decay_sum = tiles
     K = k.shape[-1]
     grow = decay_sum.to(write.dtype).exp()[:, None]
-    inside = scores_inside(q @ k[:, None].mT, write, log_forget)
-    score = scale * (grow * (q @ start[:, None, :, :K].mT) + inside)
+    score = scale * q
+    if K:
+        inside = scores_inside(q @ k[:, None].mT, write, log_forget)
+        score = scale * (grow * (q @ start[:, None, :, :K].mT) + inside)
     weight = activate(score, slot_activation)
     mix = mix_inside(weight, write, log_forget)
     return (weight * grow) @ start[:, None, :, K:] + apply_mix(mix, v), score
@@ -196,9 +198,11 @@ def readout_exact_backward(
     K = k.shape[-1]
     start_k, start_v = start[:, None, :, :K], start[:, None, :, K:]
     grow = decay_sum.to(write.dtype).exp()[:, None]
-    inside = q @ k[:, None].mT
-    before = grow * (q @ start_k.mT)
-    score = scale * (before + scores_inside(inside, write, log_forget))
+    inside, before, score = None, None, scale * q
+    if K:
+        inside = q @ k[:, None].mT
+        before = grow * (q @ start_k.mT)
+        score = scale * (before + scores_inside(inside, write, log_forget))
     weight = activate(score, slot_activation)
     mix = mix_inside(weight, write, log_forget)
     pairs = PairGradients(tiles)
@@ -209,16 +213,21 @@ def readout_exact_backward(
     d_score = scale * activation_backward(
         score, weight, d_weight_before + d_weight_inside, slot_activation
     )
-    d_inside = scores_inside_backward(inside, d_score, pairs)
-    d_before = d_score * grow
-    d_decay = (d_weight_before * weight + d_score * before).sum(1)
-    d_start_k = (d_before.mT @ q).sum(1)
+    d_decay = d_weight_before * weight
+    d_q, d_k, d_start_k = d_score, torch.zeros_like(k), torch.zeros_like(start[..., :K])
+    if inside is not None and before is not None:
+        d_inside = scores_inside_backward(inside, d_score, pairs)
+        d_before = d_score * grow
+        d_decay += d_score * before
+        d_q = d_inside @ k[:, None] + d_before @ start_k
+        d_k = (d_inside.mT @ q).sum(1)
+        d_start_k = (d_before.mT @ q).sum(1)
     d_start_v = ((weight * grow).mT @ d_output).sum(1)
     return (
-        d_inside @ k[:, None] + d_before @ start_k,
-        (d_inside.mT @ q).sum(1),
+        d_q,
+        d_k,
         (mix.mT @ d_output).sum(1),
         pairs.write,
-        pairs.decay_sum + d_decay,
+        pairs.decay_sum + d_decay.sum(1),
         torch.cat([d_start_k, d_start_v], -1),
     )

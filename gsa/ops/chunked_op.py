@@ -142,6 +142,7 @@ def chunked_forward(
         ends.copy_(initial_memory)
     carry = ends if cu_seqlens is None else torch.zeros_like(ends[:1])
     read = Read(scale, cast(SlotActivation, slot_activation))
+    keep_every_score = keep_scores and k.shape[3] > 0
     with without_autocast(q.device.type):
         for index, chunks in enumerate(tiling.segments()):
             tiles = load(tiling, chunks, (q, k, v, log_forget, write))
@@ -156,7 +157,7 @@ def chunked_forward(
             shape = (len(chunks), q.shape[0], q.shape[2])
             out, score = readout_forward(tiles, exact, starts.flatten(0, 2), read)
             tiling.scatter(out.flatten(0, 1).unflatten(0, shape), chunks, output)
-            if keep_scores:
+            if keep_every_score:
                 tiling.scatter(score.flatten(0, 1).unflatten(0, shape), chunks, scores)
     return output, ends, scores, kept
 
@@ -179,8 +180,8 @@ def allocate(
     keep_every_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results of `chunked_forward`."""
-    B, T, H, K = q.shape
-    G, V, M = k.shape[2], v.shape[3], log_forget.shape[3]
+    B, T, H, _ = q.shape
+    G, K, V, M = k.shape[2], k.shape[3], v.shape[3], log_forget.shape[3]
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = compute_dtype(q.dtype)
     segment = segment_chunks(B, G)
@@ -190,7 +191,7 @@ def allocate(
     return (
         q.new_empty(B, T, H, V),
         q.new_empty((B if sequences is None else sequences, G, M, K + V), dtype=dtype),
-        q.new_empty((B, T, H, M) if keep_scores else (0,), dtype=dtype),
+        q.new_empty((B, T, H, M) if keep_scores and K else (0,), dtype=dtype),
         q.new_empty((memories, B, G, M, K + V) if keep_scores else (0,), dtype=dtype),
     )
 
@@ -239,8 +240,10 @@ def chunked_backward(
             heads = tiles.q.shape[1]
             d_out, score = (
                 tiling.gather(x, chunks, dtype).flatten(0, 2).unflatten(0, (-1, heads))
-                for x in (d_output, scores)
+                for x in (d_output, scores if scores.dim() == 4 else q)
             )
+            if scores.dim() != 4:
+                score.mul_(scale)
             gradients, d_start = readout_backward(tiles, exact, start, score, d_out, read)
             d_end = memory_backward(
                 tiling, chunks, written, d_start.view(starts.shape), carry, d_ends

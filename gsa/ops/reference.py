@@ -10,6 +10,8 @@ X = K+V numbers (paper Eq. 6):
 Differentiable by plain autograd, which keeps a memory per token: use it to check, not to train.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -68,20 +70,34 @@ def reference_attention(
         memory = q.new_zeros(memories, G, M, K + V)
     else:
         memory = initial_memory.clone()
-    owner_T = None if cu_seqlens is None else sequence_of_token(cu_seqlens, T)
-    outputs = []
-    for t in range(T):
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         token = (q[:, t], kv_BTGX[:, t], log_forget[:, t], write[:, t])
-        if owner_T is None:
-            output, memory = advance(*token, memory, scale, slot_activation)
-        else:
-            owner = owner_T[t : t + 1]
-            mine = memory.index_select(0, owner)
-            output, mine = advance(*token, mine, scale, slot_activation)
-            memory = memory.index_copy(0, owner, mine)
-        outputs.append(output)
+        return advance(*token, memory, scale, slot_activation)
+
+    outputs, memory = _token_by_token(step, T, memory, cu_seqlens)
     output = torch.stack(outputs, 1) if outputs else q[..., :1].expand(B, 0, H, V)
     return SlotAttentionOutput(output.to(q_BTHK.dtype), memory)
+
+
+def _token_by_token(
+    step: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    tokens: int,
+    memory: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of all steps, and the memory after them; a packed token meets its sequence's own."""
+    owner_T = None if cu_seqlens is None else sequence_of_token(cu_seqlens, tokens)
+    outputs = []
+    for t in range(tokens):
+        if owner_T is None:
+            output, memory = step(t, memory)
+        else:
+            owner = owner_T[t : t + 1]
+            output, mine = step(t, memory.index_select(0, owner))
+            memory = memory.index_copy(0, owner, mine)
+        outputs.append(output)
+    return outputs, memory
 
 
 def sequence_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -110,3 +126,51 @@ def reference_step(
         q_B1HK[:, 0].to(dtype), kv, log_forget, write, memory, scale, slot_activation
     )
     return SlotAttentionOutput(output[:, None].to(q_B1HK.dtype), memory)
+
+
+def linear_advance(
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    log_decay_BGK: Tensor,
+    memory_BGKV: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One token of gated linear attention: decay, write, read. All in the compute dtype.
+
+        memory_t = Diag(exp(log_decay_t)) · memory_{t-1} + k_t ⊗ v_t
+        output_t = scale · memory_tᵀ q_t
+
+    What gated slot attention does with its values, the write and the read weights being k and q.
+    """
+    G = k_BGK.shape[1]
+    memory_BGKV = (
+        log_decay_BGK.exp()[..., None] * memory_BGKV + k_BGK[..., None] * v_BGV[:, :, None]
+    )
+    output_BGRV = scale * (q_BHK.unflatten(1, (G, -1)) @ memory_BGKV)
+    return output_BGRV.flatten(1, 2), memory_BGKV
+
+
+def reference_linear_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    log_decay_BTGK: Tensor,
+    scale: float,
+    initial_memory: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> SlotAttentionOutput:
+    """The loop, for a batch of rows or for sequences packed in one row."""
+    B, T, H, K = q_BTHK.shape
+    G, V = v_BTGV.shape[2:]
+    dtype = compute_dtype(q_BTHK.dtype)
+    q, k, v, log_decay = (x.to(dtype) for x in (q_BTHK, k_BTGK, v_BTGV, log_decay_BTGK))
+    memories = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    memory = q.new_zeros(memories, G, K, V) if initial_memory is None else initial_memory.clone()
+
+    def step(t: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_advance(q[:, t], k[:, t], v[:, t], log_decay[:, t], memory, scale)
+
+    outputs, memory = _token_by_token(step, T, memory, cu_seqlens)
+    output = torch.stack(outputs, 1) if outputs else q[..., :1].expand(B, 0, H, V)
+    return SlotAttentionOutput(output.to(q_BTHK.dtype), memory)

@@ -37,10 +37,18 @@ def _check_like_q(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtyp
 
 
 def check_options(scale: object, slot_activation: object, impl: object) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
-        _fail("scale", "a number", repr(scale))
+    check_scale(scale)
     if slot_activation not in SLOT_ACTIVATIONS:
         _fail("slot_activation", f"one of {', '.join(SLOT_ACTIVATIONS)}", repr(slot_activation))
+    check_impl(impl)
+
+
+def check_scale(scale: object) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
+        _fail("scale", "a number", repr(scale))
+
+
+def check_impl(impl: object) -> None:
     if impl not in IMPLS:
         _fail("impl", f"one of {', '.join(IMPLS)}", repr(impl))
 
@@ -49,30 +57,60 @@ def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, write: Tensor | None
 ) -> tuple[int, int, int]:
     """Checks the token-wise arguments; returns (G, M, K+V)."""
-    for name, value in (("q", q), ("k", k), ("v", v), ("log_forget", log_forget)):
+    _check_tokens(q, k, v, "log_forget", log_forget)
+    B, T, H, K = q.shape
+    G, V, M = k.shape[2], v.shape[3], log_forget.shape[3]
+    _check_shape("log_forget", log_forget, "B, T, G, M", (B, T, G, M))
+    _check_sizes("q, k, v, log_forget", {"H": H, "G": G, "K": K, "V": V, "M": M})
+    _check_gate("log_forget", log_forget, q, k, v)
+    if write is not None:
+        _check_tensor("write", write)
+        _check_shape("write", write, "B, T, G, M", (B, T, G, M))
+        _check_like_q("write", write, q, gate_dtypes(q))
+    return G, M, K + V
+
+
+def check_linear_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[int, int, int]:
+    """Checks the token-wise arguments of gated linear attention; returns (G, K, V)."""
+    _check_tokens(q, k, v, "log_decay", log_decay)
+    B, T, H, K = q.shape
+    G, V = v.shape[2:]
+    _check_shape("log_decay", log_decay, "B, T, G, K", (B, T, G, K))
+    _check_sizes("q, k, v, log_decay", {"H": H, "G": G, "K": K, "V": V})
+    _check_gate("log_decay", log_decay, q, k, v)
+    return G, K, V
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, gate_name: str, gate: Tensor) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v), (gate_name, gate)):
         if _check_tensor(name, value).dim() != 4:
             _fail(name, "4 dimensions [B, T, heads, width]", list(value.shape))
     if q.dtype not in FLOAT_DTYPES:
         _fail("q", f"dtype {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}", q.dtype)
-    B, T, H, K = q.shape
-    G, V, M = k.shape[2], v.shape[3], log_forget.shape[3]
+    B, T, _, K = q.shape
+    G, V = k.shape[2], v.shape[3]
     _check_shape("k", k, "B, T, G, K", (B, T, G, K))
     _check_shape("v", v, "B, T, G, V", (B, T, G, V))
-    _check_shape("log_forget", log_forget, "B, T, G, M", (B, T, G, M))
-    for name, size in (("H", H), ("G", G), ("K", K), ("V", V), ("M", M)):
+
+
+def _check_sizes(names: str, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
         if size < 1:
-            _fail("q, k, v, log_forget", f"{name} >= 1", size)
-    if H % G:
-        _fail("q", f"a number of heads H that is a multiple of k's G = {G}", H)
-    gate_dtypes = tuple(dict.fromkeys((q.dtype, compute_dtype(q.dtype))))
-    for name, tensor in (("k", k), ("v", v)):
-        _check_like_q(name, tensor, q, (q.dtype,))
-    _check_like_q("log_forget", log_forget, q, gate_dtypes)
-    if write is not None:
-        _check_tensor("write", write)
-        _check_shape("write", write, "B, T, G, M", (B, T, G, M))
-        _check_like_q("write", write, q, gate_dtypes)
-    return G, M, K + V
+            _fail(names, f"{name} >= 1", size)
+    if sizes["H"] % sizes["G"]:
+        G = sizes["G"]
+        _fail("q", f"a number of heads H that is a multiple of k's G = {G}", sizes["H"])
+
+
+def _check_gate(name: str, gate: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for other, tensor in (("k", k), ("v", v)):
+        _check_like_q(other, tensor, q, (q.dtype,))
+    _check_like_q(name, gate, q, gate_dtypes(q))
+
+
+def gate_dtypes(q: Tensor) -> tuple[torch.dtype, ...]:
+    """What gates may have beside these queries: their dtype, or the compute dtype."""
+    return tuple(dict.fromkeys((q.dtype, compute_dtype(q.dtype))))
 
 
 def check_memory(
@@ -128,15 +166,22 @@ def check_packing(q: Tensor, cu_seqlens: Tensor) -> None:
         check_cu_seqlens(cu_seqlens, q.shape[1])
 
 
-def check_step(q: Tensor, memory: Tensor, rows: Tensor | None, inplace: bool, sizes) -> None:
-    """What the one-token step asks beyond `check_inputs`. `sizes` is (G, M, K+V)."""
+def check_step(
+    q: Tensor,
+    memory: Tensor,
+    rows: Tensor | None,
+    inplace: bool,
+    sizes: tuple[int, int, int],
+    letters: str = "B, G, M, K+V",
+) -> None:
+    """What a one-token step asks beyond its inputs. `sizes` is (G, M, K+V), or `letters` say so."""
     if q.shape[1] != 1:
         _fail("q", "T = 1 token (shape [B, 1, H, K])", list(q.shape))
     if not isinstance(inplace, bool):
         _fail("inplace", "True or False", repr(inplace))
     B = q.shape[0]
     if rows is None:
-        check_memory("memory", memory, q, (B, *sizes), "B, G, M, K+V")
+        check_memory("memory", memory, q, (B, *sizes), letters)
         return
     if not inplace:
         _fail("rows", "inplace=True (a pool is updated in place)", "inplace=False")

@@ -28,6 +28,8 @@ from gsa.training.optimizer import build_optimizer, flat_state
 from gsa.training.setup import build_model as build_student
 
 T = 32
+GLA = {"mixer": "gla", "gate_low_rank": 16, "output_gate": True}
+RETNET = {"mixer": "retnet", "rope_theta": 1e4}
 
 
 @pytest.fixture
@@ -74,13 +76,14 @@ def test_bytes_that_stay_are_those_of_a_real_step(preset, pair):
 
 @pytest.mark.parametrize(
     "options", [{}, {"attn": [{"layers": [0], "num_heads": 4, "num_kv_heads": 2}]},
-                {"window_branch": 16, "window_rope_theta": 1e4}],
+                {"window_branch": 16, "window_rope_theta": 1e4}, GLA, RETNET],
 )  # fmt: skip
 def test_activations_are_about_what_autograd_keeps(options):
     """On a CPU in fp32; a tensor kept twice counts once, weights do not count."""
+    slots = {} if "mixer" in options else {"num_slots": 16}
     config = GSAConfig(
-        hidden_size=128, num_heads=4, num_kv_heads=2, num_slots=16, intermediate_size=352,
-        num_hidden_layers=1, vocab_size=64, **options,
+        hidden_size=128, num_heads=4, num_kv_heads=2, intermediate_size=352, num_hidden_layers=1,
+        vocab_size=64, **slots, **options,
     )  # fmt: skip
     model = GSAForCausalLM(config)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

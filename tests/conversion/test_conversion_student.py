@@ -180,7 +180,7 @@ def test_the_report_names_teacher_options_and_versions(save, tmp_path):
     for file, digest in report["teacher"]["files"].items():
         assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == digest
     assert len(report["teacher"]["files"]) > 2
-    assert report["layers"] == {"slots": [1], "kept": [0, 2]}
+    assert report["layers"] == {"converted": [1], "kept": [0, 2]}
     assert report["options"]["slots"] == 64 and report["check"] is None
     assert report["versions"]["torch"] == torch.__version__
 
@@ -193,7 +193,7 @@ def test_tokenizer_and_generation_settings_come_along(save, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(folder), "--out", str(out), "--slots", "8"]) == 0
     printed = capsys.readouterr().out
-    assert f"{out}: 3 layers of slots, 0 kept; 29 weights copied, 6 new" in printed
+    assert f"{out}: 3 layers of gsa, 0 kept; 29 weights copied, 6 new" in printed
     assert "with every layer kept, logits on 64 tokens are off by" in printed
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / file).read_bytes() == (folder / file).read_bytes()

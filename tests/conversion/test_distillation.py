@@ -255,6 +255,21 @@ def test_a_checkpoint_with_adapters_is_exported_plain(make_config, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(made) is not None
 
 
+@pytest.mark.parametrize("target", ["gla", "retnet", "supra"])
+def test_every_target_learns_in_every_stage(make_config, lesson, tmp_path, target):
+    student = tmp_path / target
+    convert(ConvertConfig(teacher=str(lesson[0]), out=str(student), target=target))
+    steps = 25 * 4 * T
+    stages = (f"align:{steps}:3e-3:0", f"kl:{steps}:1e-3:0.1", f"ce:{steps}:1e-3:1")
+    result = distill(make_config(student=str(student), stages=stages))
+    assert result.status == "finished" and result.recovery is not None
+    for number, name in enumerate(("align", "kl", "ce"), 1):
+        rows, _ = read_metrics(result.model.parent / f"{number}-{name}")
+        first, last = (sum(r["loss"] for r in part) / 4 for part in (rows[:4], rows[-4:]))
+        assert last < first - 0.01 * first, name
+    assert GSAForCausalLM.from_pretrained(result.model).config.mixer in ("gla", "retnet")
+
+
 def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(T)]

@@ -42,8 +42,10 @@ def test_size_does_not_depend_on_length(model, token_ids):
         sizes.append(held(cache))
     has_full_attention = "full_attention" in model.config.layer_types
     assert (len(set(sizes)) > 1) == has_full_attention
-    if model.config.gate == "data_dependent" and model.config.attn is None:
-        options = model.config.mixer_options(0)
+    options = model.config.mixer_options(0)
+    if model.config.mixer != "gsa" and model.config.attn is None:
+        assert sizes[0] == 2 * 2 * 8 * options.kv_heads * options.key_width * options.value_width
+    elif model.config.gate == "data_dependent" and model.config.attn is None:
         numbers = options.slots * (options.key_width + options.value_width) * options.kv_heads
         tails = 3 * (options.num_heads + 2 * options.kv_heads) * options.key_width
         tails = tails if options.use_short_conv else 0

@@ -19,6 +19,7 @@ BASE = dict(
     intermediate_size=24,
 )
 HYBRID = {"attn": {"layers": [1], "num_heads": 4}}
+GLA = {"mixer": "gla", "num_slots": 64}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -35,6 +36,8 @@ CHANGES_THE_WEIGHTS = {
     "num_heads": (2, {}),
     "num_kv_heads": (2, {}),
     "num_slots": (6, {}),
+    "mixer": ("gla", {"num_slots": 64}),
+    "gate_low_rank": (3, GLA),
     "head_dim": (6, {}),
     "expand_k": (2, {}),
     "expand_v": (2, {}),
@@ -55,9 +58,9 @@ CHANGES_THE_WEIGHTS = {
 }
 CHANGES_THE_OUTPUT = {
     "gate": [("abc", {}), ("abc_printed", {})],
-    "gate_logit_normalizer": [(2, {})],
-    "feature_map": [("relu", {}), ("identity", {})],
-    "value_activation": [("identity", {})],
+    "gate_logit_normalizer": [(2, {}), (2, GLA)],
+    "feature_map": [("relu", {}), ("identity", {}), ("identity", GLA)],
+    "value_activation": [("identity", {}), ("identity", GLA)],
     "slot_activation": [("identity", {}), ("swish", {}), ("relu", {}), ("relu2", {})],
     "scale": [(0.5, {}), ("rsqrt_key", {})],
     "rope_theta": [(100.0, {})],
@@ -73,7 +76,7 @@ CHANGES_THE_OUTPUT = {
             {"window_branch": 5, "window_rope_theta": 100.0},
         ),
     ],
-    "output_norm_eps": [(0.1, {})],
+    "output_norm_eps": [(0.1, {}), (0.1, GLA)],
     "norm_eps": [(0.1, {"output_norm_eps": 1e-5})],
     "sliding_window": [(3, HYBRID)],
 }
@@ -160,11 +163,26 @@ def test_mlp_width_follows_the_published_rule():
     assert GSAConfig(hidden_size=4096, intermediate_size=14336).mlp_width == 14336
 
 
+@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet"])
+def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
+    config = GSAConfig(**(BASE | {"mixer": mixer, "num_slots": 64}))
+    config.save_pretrained(tmp_path)
+    saved = set(json.loads((tmp_path / "config.json").read_text()))
+    assert ("num_slots" in saved, "gate_low_rank" in saved) == (mixer == "gsa", mixer == "gla")
+    assert GSAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size = 16"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
+        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, got 'mamba'"),
+        ({"mixer": "gla"}, "num_slots: expected 64 with mixer 'gla', which has no use for it"),
+        (GLA | {"use_short_conv": True}, "use_short_conv: expected False with mixer 'gla'"),
+        (GLA | {"gate_low_rank": 0}, "gate_low_rank: expected a whole number >= 1"),
+        (GLA | {"mixer": "retnet", "gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer"),
+        ({"gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer 'gsa'"),
         ({"num_slots": 0}, "num_slots: expected a whole number >= 1, got 0"),
         ({"hidden_size": 16.0}, "hidden_size: expected a whole number"),
         ({"num_heads": True}, "num_heads: expected a whole number"),

@@ -114,7 +114,7 @@ def test_the_command_says_and_writes_the_same(tmp_path, capsys, tiny):
     out = tmp_path / "cost.json"
     recipes = {"1.3b": RECIPES["1.3b"]().model}
     config = CostConfig(models=("1.3b", str(tmp_path)), tokens=100e9, out=str(out))
-    document = bench_cost(config, recipes)
+    document = bench_cost(config, recipes, {"gsa": dict})
     printed = capsys.readouterr().out
     assert "1,376.9M" in printed and "GPU-hours" in printed and out.is_file()
     large, small = document["models"]

@@ -11,8 +11,10 @@ import torch
         {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0},
         {"gate": "data_independent", "output_gate": True, "attn": {"layers": [0], "num_heads": 2}},
         {"window_branch": 5, "window_rope_theta": 10.0, "gate_bias": True, "num_kv_heads": 2},
+        {"mixer": "gla", "output_gate": True, "num_kv_heads": 2},
+        {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10.0},
     ],
-    ids=["paper", "abc and convolution", "hybrid", "window branch"],
+    ids=["paper", "abc and convolution", "hybrid", "window branch", "gla", "retnet"],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):

@@ -69,13 +69,19 @@ def test_200_steps_give_the_same_curve_within_noise():
 
 
 @pytest.mark.parametrize("lean", [False, True])
-@pytest.mark.parametrize("options", [{}, {"output_gate": True, "num_kv_heads": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_slots": 32},
+        {"num_slots": 32, "output_gate": True, "num_kv_heads": 1},
+        {"mixer": "gla", "output_gate": True, "num_kv_heads": 1},
+        {"mixer": "retnet", "expand_v": 2, "rope_theta": 1e4},
+    ],
+)
 def test_compiled_blocks_have_the_gradients_of_blocks(lean, options):
     """All in fp32: differences are those of sums in another order."""
     torch.manual_seed(0)
-    config = GSAConfig(
-        vocab_size=256, hidden_size=256, num_hidden_layers=2, num_heads=2, num_slots=32, **options
-    )
+    config = GSAConfig(vocab_size=256, hidden_size=256, num_hidden_layers=2, num_heads=2, **options)
     model = GSAForCausalLM(config).cuda().train()
     tokens = batches("cuda")[0, :3]
     torch.compiler.reset()

@@ -35,7 +35,8 @@ def write_and_growth(log_forget, write, steep_flags, chunk, head, start, stop, s
 
 @triton.jit(do_not_specialize=["tokens", "all_tokens"])
 def activate_kernel(
-    raw, own,  # [slices, tokens, H, M], [slices, tokens, H]: what `contract_kernel` left
+    raw, own,  # [slices, tokens, H, M], [slices, tokens, H]: what `contract_kernel` left; without
+    # keys queries [tokens, H, M] and None
     log_forget, write,  # [tokens, G, M]
     steep_flags,  # [chunks, G]
     read,  # out [tokens, H, M]: read weights, times `grow`
@@ -45,7 +46,10 @@ def activate_kernel(
     SLICES: tl.constexpr, ACTIVATION: tl.constexpr,
     NUMBER: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """score = scale · (grow · raw + w · own), read = activation(score) · grow."""
+    """score = scale · (grow · raw + w · own), read = activation(score) · grow.
+
+    Without keys the scores are the queries themselves, times scale.
+    """
     R: tl.constexpr = H // G
     group, chunk = tl.program_id(0) % G, tl.program_id(0) // G
     _, _, _, start, stop = find_span(chunk, owners, bounds, tokens, C, PACKED)
@@ -60,8 +64,11 @@ def activate_kernel(
         row = start * H + head
         place = row * M + rows[:, None] * (H * M) + slots[None, :]
         raw_CM = sum_slices(raw, place, mask, step * M, SLICES)
-        own_C = sum_slices(own, row + rows * H, valid, step, SLICES)
-        score = scale * (grow * raw_CM + w * own_C[:, None])
+        if own is None:
+            score = scale * raw_CM.to(NUMBER)
+        else:
+            own_C = sum_slices(own, row + rows * H, valid, step, SLICES)
+            score = scale * (grow * raw_CM + w * own_C[:, None])
         weight = activate(score, present[None, :], ACTIVATION)
         tl.store(read + place, weight * grow, mask=mask)
         if kept_raw is not None:
@@ -72,10 +79,10 @@ def activate_kernel(
 @triton.jit(do_not_specialize=["tokens", "all_tokens"])
 def activate_backward_kernel(
     raw, own,  # [slices, tokens, H, M], [slices, tokens, H]: d output against values
-    kept_raw, kept_own,  # [tokens, H, M], [tokens, H]: queries against keys
+    kept_raw, kept_own,  # [tokens, H, M], [tokens, H]: queries against keys; or queries and None
     log_forget, write,  # [tokens, G, M]
     steep_flags,  # [chunks, G]
-    read, d_score,  # out [tokens, H, M]: read weights and d scores, times `grow`
+    read, d_score,  # out [tokens, H, M]: read weights and d scores, times `grow`; or d queries
     read_terms, own_terms,  # out [tokens, G, M], for `gate_gradient_kernel`
     owners, bounds, tokens, all_tokens, scale,
     H: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr, M_PAD: tl.constexpr,
@@ -99,18 +106,24 @@ def activate_backward_kernel(
         row = start * H + head
         place = row * M + rows[:, None] * (H * M) + slots[None, :]
         raw_CM = tl.load(kept_raw + place, mask=mask, other=0.0)
-        own_C = tl.load(kept_own + row + rows * H, mask=valid, other=0.0)
-        score = scale * (grow * raw_CM + w * own_C[:, None])
+        if kept_own is None:
+            score = scale * raw_CM.to(NUMBER)
+        else:
+            own_C = tl.load(kept_own + row + rows * H, mask=valid, other=0.0)
+            score = scale * (grow * raw_CM + w * own_C[:, None])
         weight = activate(score, present[None, :], ACTIVATION)
         d_raw = sum_slices(raw, place, mask, step * M, SLICES)
         d_own = sum_slices(own, row + rows * H, valid, step, SLICES)
         d_weight = grow * d_raw + w * d_own[:, None]
         d_score_CM = activation_backward(score, weight, d_weight, ACTIVATION) * scale
-        own_term += weight * d_own[:, None] + d_score_CM * own_C[:, None]
+        own_term += weight * d_own[:, None]
         # Rounded as `write_back_kernel` will see them, so that the terms of a pair are the same.
         weight = (weight * grow).to(read.dtype.element_ty)
-        d_score_CM = (d_score_CM * grow).to(read.dtype.element_ty)
-        read_term += weight.to(NUMBER) * d_raw + d_score_CM.to(NUMBER) * raw_CM
+        read_term += weight.to(NUMBER) * d_raw
+        if kept_own is not None:
+            own_term += d_score_CM * own_C[:, None]
+            d_score_CM = (d_score_CM * grow).to(read.dtype.element_ty)
+            read_term += d_score_CM.to(NUMBER) * raw_CM
         tl.store(read + place, weight, mask=mask)
         tl.store(d_score + place, d_score_CM, mask=mask)
     place = (start * G + group) * M + rows[:, None] * (G * M) + slots[None, :]

@@ -195,8 +195,8 @@ def new_snapshots(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
 class Kept(NamedTuple):
     """What the backward pass needs beside inputs and results."""
 
-    raw: Tensor  # [tokens, H, M]: scores against other tokens, without `grow`
-    own: Tensor  # [tokens, H]: q · k of each token
+    raw: Tensor | None  # [tokens, H, M]: scores against other tokens, without `grow`
+    own: Tensor | None  # [tokens, H]: q · k of each token; both None without keys
     gates: Gates
     starts: Tensor | None  # [units, G, M, X]; None if every sequence is one segment
     keys: Tensor | None  # [borders, G, M, K], snapshots; None if they are to be made again
@@ -213,11 +213,11 @@ def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: S
     shots = new_snapshots(plan) if keep and keep_memories else (None, None)
     keys = Side(plan.q, plan.k, 0, initial, starts, final, shots[0])
     values = Side(plan.q, plan.v, plan.K, initial, starts, final, shots[1])
-    raw, own = contract(plan, gate, keys)
-    slices = raw.shape[0]
+    raw, own = contract(plan, gate, keys) if plan.K else (plan.q.contiguous(), None)
+    slices = raw.shape[0] if plan.K else 1
     weights = plan.new(plan.tokens, plan.H, plan.M, dtype=recipe.operand_dtype)
-    kept_raw = plan.new(plan.tokens, plan.H, plan.M) if keep else None
-    kept_own = plan.new(plan.tokens, plan.H) if keep else None
+    kept_raw = plan.new(plan.tokens, plan.H, plan.M) if keep and plan.K else None
+    kept_own = plan.new(plan.tokens, plan.H) if keep and plan.K else None
     plan.launch(
         ("activate", slot_activation), activation.activate_kernel, plan.chunks * plan.G,
         (raw, own, plan.log_forget, plan.write, gate.steep, weights, kept_raw, kept_own,
@@ -226,7 +226,7 @@ def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: S
     )  # fmt: skip
     del raw, own
     output = expand(plan, gate, weights, values)
-    if kept_raw is None or kept_own is None:
+    if not keep:
         return output, final, None
     return output, final, Kept(kept_raw, kept_own, gate, starts, *shots)
 
@@ -243,21 +243,26 @@ def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_ou
     values = Side(d_output, plan.v, plan.K, initial, kept.starts, None, shots[1] if again else None)
     raw, own = contract(plan, gate, values)
     slices = raw.shape[0]
-    weights, d_score, own_terms = (
+    weights, own_terms = (
         plan.new(plan.tokens, heads, plan.M, dtype=recipe.operand_dtype)
-        for heads in (plan.H, plan.H, plan.G)
+        for heads in (plan.H, plan.G)
     )
+    if plan.K:
+        queries, kept_raw, kept_own, d_score = plan.q, kept.raw, kept.own, torch.empty_like(weights)
+    else:  # the scores are the queries
+        queries, kept_raw, kept_own = plan.q[..., :0], plan.q.contiguous(), None
+        d_score = torch.empty_like(kept_raw)
     read_terms = plan.new(plan.tokens, plan.G, plan.M)
     plan.launch(
         ("activate_backward", slot_activation), activation.activate_backward_kernel,
         plan.chunks * plan.G,
-        (raw, own, kept.raw, kept.own, plan.log_forget, plan.write, gate.steep, weights, d_score,
+        (raw, own, kept_raw, kept_own, plan.log_forget, plan.write, gate.steep, weights, d_score,
          read_terms, own_terms, plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
         lambda: activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
     del raw, own
-    d_q = expand(plan, gate, d_score, keys)
-    ends = find_starts(plan, gate, (d_score, weights), (plan.q, d_output), d_final, True)
+    d_q = expand(plan, gate, d_score, keys) if plan.K else d_score
+    ends = find_starts(plan, gate, (d_score, weights), (queries, d_output), d_final, True)
     d_initial = None if initial is None else torch.empty_like(final)
     d_k, d_v, d_lifted, crossing = write_back(
         plan, gate, d_score, weights, keys._replace(snapshots=shots[0], final=final),

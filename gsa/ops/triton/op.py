@@ -15,15 +15,15 @@ from gsa.ops.triton.sizes import Sizes, number_dtype
 from gsa.ops.types import SlotActivation, SlotAttentionOutput
 
 MAX_SLOTS = 256
-"""M; the memory's slice of a program is held in registers."""
+"""M, rows of a memory (K of linear attention's); a program's slice of it is held in registers."""
 
 
-def unfit_for_triton(q: Tensor, log_forget: Tensor) -> str:
-    """What the kernels cannot do about these inputs; empty if nothing."""
+def unfit_for_triton(q: Tensor, log_forget: Tensor, letter: str = "M") -> str:
+    """What the kernels cannot do about these inputs; empty if nothing. letter: that of rows."""
     if q.dtype == torch.float64:
         return "they take fp32, bf16 and fp16, got q in torch.float64"
     if log_forget.shape[3] > MAX_SLOTS:
-        return f"they take M <= {MAX_SLOTS} slots, got M = {log_forget.shape[3]}"
+        return f"they take {letter} <= {MAX_SLOTS}, got {letter} = {log_forget.shape[3]}"
     return ""
 
 
@@ -75,8 +75,8 @@ def triton_forward_fake(
     return (
         q.new_empty(n.B, n.T, n.H, n.V),
         empty(n.S, n.G, n.M, n.X, dtype=torch.float32),
-        empty(n.tokens, n.H, n.M, wanted=keep),
-        empty(n.tokens, n.H, wanted=keep),
+        empty(n.tokens, n.H, n.M, wanted=keep and n.K > 0),
+        empty(n.tokens, n.H, wanted=keep and n.K > 0),
         empty(n.tokens, n.G, n.M, dtype=operand, wanted=keep),
         empty(chunks, n.G, 2, n.M, wanted=keep),
         empty(chunks, n.G, dtype=torch.int32, wanted=keep),
@@ -106,6 +106,7 @@ def triton_backward(
 
     raw, own, lifted, fades, steep, *rest = kept
     starts, keys, values = (x if x.numel() else None for x in rest)
+    raw, own = (raw, own) if k.shape[3] else (None, None)
     gates = launch.Gates(lifted, fades, steep)
     with torch.cuda.device_of(q):
         gradients = launch.run_backward(

@@ -39,7 +39,10 @@ def segment_tokens(packed: bool) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Letters as in `gsa/ops/types.py`; packed: S sequences in one row, else S is B."""
+    """Letters as in `gsa/ops/types.py`; packed: S sequences in one row, else S is B.
+
+    K = 0: a memory of values alone, whose scores are q [B, T, H, M] (gated linear attention).
+    """
 
     B: int
     T: int
@@ -55,7 +58,7 @@ class Sizes:
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, cu: Tensor | None) -> "Sizes":
-        (B, T, H, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
+        (B, T, H, _), (G, K), V, M = q.shape, k.shape[2:], v.shape[3], log_forget.shape[3]
         S, chunk = B if cu is None else cu.shape[0] - 1, chunk_tokens(q.dtype, M)
         return Sizes(B, T, H, G, K, V, M, S, cu is not None, chunk, span_tokens())
 

@@ -260,7 +260,7 @@ def write_back_kernel(
             H, G, M, V, K + V, K, C, UNIT, SNAPSHOT, M_PAD, VALUE_BLOCK, FACTOR, OPERAND,
             PACKED, NUMBER,
         )  # fmt: skip
-    else:
+    elif K > 0:
         write_back_walk(
             program - value_programs, 0, key_z, key_x, key_y, lifted, log_forget, fades,
             steep_flags, d_final, ends, d_initial, key_snapshots, initial, final, key_d_y, d_lifted,
@@ -398,7 +398,7 @@ def scan_kernel(
             R, G, M, V, K + V, K, C, UNIT, M_PAD, VALUE_BLOCK, OPERAND, BACKWARD, PACKED,
             NUMBER,
         )  # fmt: skip
-    else:
+    elif K > 0:
         scan_walk(
             program - value_programs, key_u, key_y, log_forget, fades, steep_flags, local, decays,
             key_u_tiles, key_y_tiles, owners, bounds, tokens, key_y_stride,
