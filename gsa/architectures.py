@@ -42,6 +42,15 @@ def retnet(keys: Keys) -> Keys:
     }
 
 
+def hgrn2(keys: Keys) -> Keys:
+    """HGRN2 (arXiv 2404.07904): heads of 128 where the width allows, as in the paper."""
+    return {
+        "mixer": "hgrn2",
+        "num_heads": keys["hidden_size"] // math.gcd(keys["hidden_size"], 128),
+        "value_activation": "identity",
+    }
+
+
 def supra(keys: Keys) -> Keys:
     """SUPRA's linear attention (arXiv 2405.06640) in a Transformer's heads."""
     return {
@@ -80,6 +89,7 @@ ARCHITECTURES: dict[str, Callable[[Keys], Keys]] = {
     "abc": abc,
     "gla": gla,
     "retnet": retnet,
+    "hgrn2": hgrn2,
     "supra": supra,
     "transformer++": transformer,
 }

@@ -29,8 +29,8 @@ def test_parameters_are_as_many_within_two_percent(arch, size):
 
 
 def test_states_at_1_3b_are_those_of_the_paper():
-    """Appendix C, in numbers per layer: GSA 128 d, GLA 256 d, RetNet 512 d."""
-    for arch, per_width in (("gsa", 128), ("gla", 256), ("retnet", 512)):
+    """Appendix C, in numbers per layer: GSA and HGRN2 128 d, GLA 256 d, RetNet 512 d."""
+    for arch, per_width in (("gsa", 128), ("hgrn2", 128), ("gla", 256), ("retnet", 512)):
         config = config_of(arch, "1.3b")
         assert state_bytes(config, 2048) == 24 * per_width * 2048 * 4, arch
     heads = {arch: config_of(arch, "1.3b").mixer_options(0) for arch in ARCHITECTURES}

@@ -36,6 +36,12 @@ VARIANTS = {
         "scale": "rsqrt_key",
     },
     "retnet": {"mixer": "retnet", "expand_v": 2, "rope_theta": 100.0, "output_gate": True},
+    "hgrn2": {
+        "mixer": "hgrn2",
+        "num_kv_heads": 2,
+        "expand_v": 2,
+        "value_activation": "identity",
+    },
     "supra": {
         "mixer": "retnet",
         "num_kv_heads": 2,

@@ -25,14 +25,16 @@ class StepBlock(nn.Module):
 
     Args:
         block: a `GSABlock`; ValueError unless its linear layers are plain.
+        log_bound: what its forget gates stay above, from `GSAModel.log_bounds`.
     """
 
     inputs: Tensor
     inputs_bias: Tensor | None
     gate_up: Tensor
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, log_bound: Tensor | None):
         super().__init__()
+        self.bound = () if log_bound is None else (log_bound.detach(),)
         self.attn_norm, self.attn, self.mlp_norm = block.attn_norm, block.attn, block.mlp_norm
         self.down_proj = _plain(block.mlp.down_proj)
         _plain(block.attn.o_proj)
@@ -53,7 +55,7 @@ class StepBlock(nn.Module):
         projected = dict(zip(self.widths, parts, strict=True))
         if self.static_gate is not None:
             projected["f"] = self.static_gate(h)
-        x_P1D = x_P1D + self.attn.step_(h, projected, layout, state)
+        x_P1D = x_P1D + self.attn.step_(h, projected, layout, state, *self.bound)
         gate, up = F.linear(self.mlp_norm(x_P1D), self.gate_up).chunk(2, -1)
         return x_P1D + self.down_proj(F.silu(gate) * up)
 

@@ -8,7 +8,7 @@ from gsa.layers.gate import GATES
 from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
 from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
 
-DECAYS = ("data_dependent", "fixed")
+DECAYS = ("data_dependent", "fixed", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,8 @@ class LinearAttentionOptions(MemoryOptions):
     """Sizes and variants of a `LinearAttention`."""
 
     decay: str
-    """data_dependent (GLA's, for each key) | fixed (RetNet's, one number per head)."""
+    """data_dependent (GLA's, for each key) | fixed (RetNet's, one number per head) | tied (HGRN2's,
+    for each key, and keys are what it lets go of: queries and keys have no further options)."""
     gate_low_rank: int = 16
     """Rank of the weights of gates that depend on the token."""
 

@@ -45,8 +45,16 @@ ATTENTION_KEYS = (
 )
 
 
-DECAYS = {"gla": "data_dependent", "retnet": "fixed"}
+DECAYS = {"gla": "data_dependent", "retnet": "fixed", "hgrn2": "tied"}
 """What the memory of each linear mixer forgets by."""
+
+_GATE = ("gate_logit_normalizer", "gate_low_rank")
+NOT_READ = {
+    "gla": (),
+    "retnet": _GATE,
+    "hgrn2": (*_GATE, "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "feature_map"),
+}
+"""Fields of `LinearAttentionOptions` that a linear mixer has no use for."""
 
 MIXERS = ("gsa", *DECAYS)
 
@@ -69,7 +77,7 @@ class GSAConfig(PreTrainedConfig):
     unknown key raises ValueError. The fields of the token mixer are described in
     `gsa.layers.options`, `SlotAttentionOptions` and `LinearAttentionOptions`. The rest:
 
-        mixer: gsa, or gated linear attention in its place with the decays of gla or retnet (see
+        mixer: gsa, or gated linear attention in its place as in gla, retnet or hgrn2 (see
             docs/rivals.md); fields that the chosen one does not have must be left alone.
         hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
             thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256.
@@ -241,8 +249,7 @@ class GSAConfig(PreTrainedConfig):
         if self.mixer == "gsa":
             return {field.name for field in fields(SlotAttentionOptions)}
         names = {field.name for field in fields(LinearAttentionOptions)} & MIXER_KEYS
-        gate = {"gate_logit_normalizer", "gate_low_rank"}
-        return names if self.mixer == "gla" else names - gate
+        return names - set(NOT_READ[self.mixer])
 
     def _check_attention_layers(self) -> None:
         seen: set[int] = set()
@@ -292,6 +299,14 @@ class GSAConfig(PreTrainedConfig):
         if self.mixer == "gsa":
             return SlotAttentionOptions(**chosen)
         return LinearAttentionOptions(**chosen, decay=DECAYS[self.mixer])
+
+    @property
+    def lower_bound_width(self) -> int | None:
+        """G·K, forget gates of a layer that have lower bounds; None if no layer has such gates."""
+        for one in map(self.mixer_options, range(self.num_hidden_layers)):
+            if isinstance(one, LinearAttentionOptions) and one.decay == "tied":
+                return one.kv_heads * one.key_width
+        return None
 
     @property
     def mlp_width(self) -> int:

@@ -97,6 +97,7 @@ def count_parameters(config: GSAConfig) -> Parameters:
     """The numbers that `GSAForCausalLM(config)` has, exactly."""
     D, W = config.hidden_size, config.vocab_size
     mixers = sum(_projections(one) + _small_parameters(one) for one in _layers(config))
+    mixers += config.num_hidden_layers * (config.lower_bound_width or 0)
     return Parameters(
         embeddings=W * D,
         blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + 2 * D),
@@ -311,7 +312,8 @@ def _small_parameters(options: MixerOptions) -> int:
 def _linear_parameters(options: LinearAttentionOptions) -> int:
     """Parameters that only linear attention has, besides its projections."""
     bias = options.kv_heads * options.key_width if options.decay == "data_dependent" else 0
-    return bias + (options.value_width if options.elementwise_affine else 0)
+    normed = options.value_width * (options.num_heads if options.decay == "tied" else 1)
+    return bias + (normed if options.elementwise_affine else 0)
 
 
 def _slot_parameters(options: SlotAttentionOptions) -> int:

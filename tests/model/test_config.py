@@ -163,7 +163,7 @@ def test_mlp_width_follows_the_published_rule():
     assert GSAConfig(hidden_size=4096, intermediate_size=14336).mlp_width == 14336
 
 
-@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet"])
+@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet", "hgrn2"])
 def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
     config = GSAConfig(**(BASE | {"mixer": mixer, "num_slots": 64}))
     config.save_pretrained(tmp_path)
@@ -177,11 +177,12 @@ def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
     [
         ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size = 16"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
-        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, got 'mamba'"),
+        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, hgrn2, got"),
         ({"mixer": "gla"}, "num_slots: expected 64 with mixer 'gla', which has no use for it"),
         (GLA | {"use_short_conv": True}, "use_short_conv: expected False with mixer 'gla'"),
         (GLA | {"gate_low_rank": 0}, "gate_low_rank: expected a whole number >= 1"),
         (GLA | {"mixer": "retnet", "gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer"),
+        (GLA | {"mixer": "hgrn2", "qk_norm": True}, "qk_norm: expected False with mixer 'hgrn2'"),
         ({"gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer 'gsa'"),
         ({"num_slots": 0}, "num_slots: expected a whole number >= 1, got 0"),
         ({"hidden_size": 16.0}, "hidden_size: expected a whole number"),
