@@ -51,6 +51,17 @@ def hgrn2(keys: Keys) -> Keys:
     }
 
 
+def rwkv6(keys: Keys) -> Keys:
+    """RWKV6's time mixing (arXiv 2404.05892): heads of 64, ranks 32 and 64 but in narrow models."""
+    D = keys["hidden_size"]
+    return {
+        "mixer": "rwkv6",
+        "num_heads": D // math.gcd(D, 64),
+        "gate_low_rank": min(64, D // 4),
+        "shift_low_rank": min(32, D // 8),
+    }
+
+
 def supra(keys: Keys) -> Keys:
     """SUPRA's linear attention (arXiv 2405.06640) in a Transformer's heads."""
     return {
@@ -90,6 +101,7 @@ ARCHITECTURES: dict[str, Callable[[Keys], Keys]] = {
     "gla": gla,
     "retnet": retnet,
     "hgrn2": hgrn2,
+    "rwkv6": rwkv6,
     "supra": supra,
     "transformer++": transformer,
 }

@@ -29,10 +29,12 @@ def test_parameters_are_as_many_within_two_percent(arch, size):
 
 
 def test_states_at_1_3b_are_those_of_the_paper():
-    """Appendix C, in numbers per layer: GSA and HGRN2 128 d, GLA 256 d, RetNet 512 d."""
+    """Appendix C, in numbers per layer: GSA and HGRN2 128 d, GLA 256 d, RetNet 512 d. RWKV6, whose
+    heads are of 64, keeps its last input (in bf16) too."""
     for arch, per_width in (("gsa", 128), ("hgrn2", 128), ("gla", 256), ("retnet", 512)):
         config = config_of(arch, "1.3b")
         assert state_bytes(config, 2048) == 24 * per_width * 2048 * 4, arch
+    assert state_bytes(config_of("rwkv6", "1.3b"), 2048) == 24 * 2048 * (64 * 4 + 2)
     heads = {arch: config_of(arch, "1.3b").mixer_options(0) for arch in ARCHITECTURES}
     assert isinstance(heads["gla"], LinearAttentionOptions)
     assert (heads["gla"].key_width, heads["gla"].value_width) == (256, 512)
@@ -96,5 +98,5 @@ def test_cost_of_every_architecture(tmp_path, capsys):
     found = {row["model"]: row for row in json.loads(out.read_text())["models"]}
     assert len(found) == 2 * len(ARCHITECTURES)
     assert found["1.3b gla"]["lengths"][0]["state_bytes_per_layer"] == 256 * 2048 * 4
-    assert main(["bench", "cost", "34m", "--arch", "gla", "rwkv"]) == 2
+    assert main(["bench", "cost", "34m", "--arch", "gla", "rwkv5"]) == 2
     assert "arch: expected all, or some of gsa, abc, gla" in capsys.readouterr().err

@@ -42,6 +42,7 @@ VARIANTS = {
         "expand_v": 2,
         "value_activation": "identity",
     },
+    "rwkv6": {"mixer": "rwkv6", "expand_v": 2, "gate_low_rank": 3, "shift_low_rank": 2},
     "supra": {
         "mixer": "retnet",
         "num_kv_heads": 2,

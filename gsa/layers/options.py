@@ -193,6 +193,18 @@ class LinearAttentionOptions(MemoryOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RWKV6Options(LinearAttentionOptions):
+    """Sizes of an `RWKV6`; of what is inherited it reads widths, heads, norm and gate_low_rank."""
+
+    shift_low_rank: int = 32
+    """Rank of the weights by which a token chooses how far its inputs look back."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int("shift_low_rank", self.shift_low_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SoftmaxAttentionOptions:
     """Sizes and variants of a `SoftmaxAttention` in a hybrid model."""
 

@@ -12,12 +12,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from gsa.layers.gate import LowerBounds, StaticGate
 from gsa.layers.linear_attention import LinearAttention
 from gsa.layers.mlp import SwiGLU
-from gsa.layers.norm import RMSNorm
+from gsa.layers.norm import HeadNorm, RMSNorm
 from gsa.layers.options import (
     LinearAttentionOptions,
+    RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
 )
+from gsa.layers.rwkv6 import RWKV6
 from gsa.layers.short_convolution import ShortConvolution
 from gsa.layers.slot_attention import GatedSlotAttention
 from gsa.layers.softmax_attention import SoftmaxAttention
@@ -36,6 +38,7 @@ from gsa.model.loss import CHUNK_LOGITS, next_token_loss, next_token_loss_of_hid
 MIXERS: dict[type, type[Any]] = {
     SlotAttentionOptions: GatedSlotAttention,
     LinearAttentionOptions: LinearAttention,
+    RWKV6Options: RWKV6,
     SoftmaxAttentionOptions: SoftmaxAttention,
 }
 """The token mixer of each kind of options."""
@@ -102,6 +105,13 @@ class GSAPreTrainedModel(PreTrainedModel):
             init.copy_(module.logits, module.initial_logits())
         elif isinstance(module, LowerBounds):
             init.zeros_(module.logits)
+        elif isinstance(module, HeadNorm):
+            for name, parameter in module.named_parameters():
+                init.constant_(parameter, float(name == "weight"))
+        elif isinstance(module, RWKV6):
+            init.normal_(module.shift_out, mean=0.0, std=std)
+            for name, value in module.initial().items():
+                init.copy_(module.get_parameter(name), value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
