@@ -79,6 +79,15 @@ def transformer(keys: Keys) -> Keys:
     return {"num_heads": heads, "attn": {"layers": layers, "num_heads": heads}}
 
 
+def mistral(keys: Keys) -> Keys:
+    """Mistral (arXiv 2310.06825): Transformer++ with four query heads to a key/value head where the
+    heads allow, and a window of 4096 tokens."""
+    found = transformer(keys)
+    heads = found["num_heads"]
+    window = {"num_kv_heads": heads // math.gcd(heads, 4), "window_size": 4096}
+    return found | {"attn": found["attn"] | window}
+
+
 def transformer_heads(keys: Keys) -> int:
     """Heads of 64 up to a width of 1024, of 128 beyond."""
     D = keys["hidden_size"]
@@ -104,6 +113,7 @@ ARCHITECTURES: dict[str, Callable[[Keys], Keys]] = {
     "rwkv6": rwkv6,
     "supra": supra,
     "transformer++": transformer,
+    "mistral": mistral,
 }
 
 

@@ -42,6 +42,17 @@ def test_states_at_1_3b_are_those_of_the_paper():
     assert heads["transformer++"].width == 128
 
 
+def test_mistral_groups_heads_and_keeps_what_its_window_sees():
+    config = config_of("mistral", "1.3b")
+    options = config.mixer_options(0)
+    assert isinstance(options, SoftmaxAttentionOptions)
+    assert (options.num_heads, options.kv_heads, options.width) == (16, 4, 128)
+    whole = state_bytes(config_of("transformer++", "1.3b"), 2048) - 24 * 2048 * 8  # positions
+    assert state_bytes(config, 2048) - 24 * 2048 * 8 == whole / 4
+    assert state_bytes(config, 4095) == state_bytes(config, 1 << 17)
+    assert {type(config_of("mistral", size).mixer_options(0)) for size in SIZES} == {type(options)}
+
+
 def test_what_cannot_be_is_refused():
     keys = RECIPES["34m"]().model
     with pytest.raises(ValueError, match="arch: expected one of gsa, abc, gla"):

@@ -50,7 +50,7 @@ VARIANTS = {
         "rope_theta": 100.0,
         "qk_norm": True,
         "qkv_bias": True,
-        "attn": {"layers": [1], "num_heads": 2, "window_size": 4},
+        "attn": {"layers": [1], "num_heads": 2, "num_kv_heads": 1, "window_size": 4},
     },
     "window": {
         "attn": [{"layers": [0], "num_heads": 2, "window_size": 4, "rope_theta": 50.0}],
