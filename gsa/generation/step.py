@@ -32,7 +32,7 @@ class StepBlock(nn.Module):
     inputs_bias: Tensor | None
     gate_up: Tensor
 
-    def __init__(self, block: Any, log_bound: Tensor | None):
+    def __init__(self, block: Any, log_bound: Tensor | None = None):
         super().__init__()
         self.bound = () if log_bound is None else (log_bound.detach(),)
         self.attn_norm, self.attn, self.mlp_norm = block.attn_norm, block.attn, block.mlp_norm
