@@ -94,8 +94,12 @@ class Decoder:
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.is_thin = takes_thin_blocks(model, rows)
-        block_type = ThinBlock if self.is_thin else StepBlock
-        self.blocks = [block_type(block) for block in model.model.layers]
+        layers = model.model.layers
+        if self.is_thin:
+            self.blocks = [ThinBlock(block) for block in layers]
+        else:
+            bounds = model.model.log_bounds()
+            self.blocks = [StepBlock(*pair) for pair in zip(layers, bounds, strict=True)]
         self.head = ThinHead(model) if self.is_thin else Head(model)
         capacity = int(capacity or model.config.max_position_embeddings)
         self.pool = StatePool([block.attn for block in self.blocks], rows, capacity)
