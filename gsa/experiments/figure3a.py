@@ -47,7 +47,7 @@ SIZES: dict[Size, Protocol] = {
         arms=("gsa", "abc"),
         widths=(64,),
         rates=(1e-2,),
-        examples=Examples(train=6400, held_out=200, epochs=4),
+        examples=Examples(train=3200, held_out=200, epochs=6),
         rows=32,
         model={"num_hidden_layers": 2, "use_short_conv": True, "initializer_range": 0.1},
         clip=1.0,
