@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gsa.benchmark.environment import environment
 from gsa.training import RunError
 from gsa.training.distributed import Team
@@ -82,6 +84,7 @@ def run_arms(
         if team.ask_first(lambda arm=arm: read_result(arm.folder)) is not None:
             continue
         say(f"{number} of {len(arms)}: {arm.name}")
+        torch.compiler.reset()  # dynamo allows few versions of a block: each arm starts anew
         try:
             found = {"arm": arm.name, "command": command, "environment": environment()} | arm.run()
         except StoppedError as stopped:

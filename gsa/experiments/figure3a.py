@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from gsa.architectures import ARCHITECTURES
 from gsa.experiments.arms import Arm, Result, begin, collect, made_on, paper_rows, run_arms
 from gsa.experiments.budget import FREE, BudgetConfig, estimate
@@ -205,7 +207,7 @@ def reproduce_figure3a(
     stopped it, or 0.
 
     Raises:
-        ValueError: settings that do not fit; nothing was written.
+        ValueError: settings that do not fit, or several processes; nothing was written.
         RunError: the folder holds something else, or models failed.
     """
     protocol = SIZES[config.size]
@@ -223,6 +225,11 @@ def reproduce_figure3a(
     say(estimate(config, models, seq_len=protocol.task.seq_len, tokens=tokens))
     if config.plan:
         return 0
+    if torch.distributed.is_torchelastic_launched():
+        raise ValueError(
+            "torchrun: expected one process; start one for each GPU, each with its own --arms "
+            "and all with one --out"
+        )
     pick_device(config.device, Team())
     out = Path(config.out)
     free = {*FREE, "arms", "widths", "rates", "device", "out"}

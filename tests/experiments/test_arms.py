@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from gsa.experiments.arms import Arm, StoppedError, begin, collect, read_result, run_arms
 from gsa.training import RunError
@@ -46,6 +47,22 @@ def test_arms_that_are_done_are_skipped(tmp_path):
     assert found["missing"] == [] and found["asked"] == {"seed": 0}
     assert found["arms"]["a"]["command"] == "gsa reproduce it"
     assert "torch" in found["arms"]["a"]["environment"]
+
+
+def test_more_arms_than_versions_of_a_block_are_compiled(tmp_path):
+    """Dynamo refuses to compile a function anew more than eight times."""
+    compiled = torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False, backend="eager")
+
+    def arm(size):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        return Arm(
+            name="", folder=folder, run=lambda: {"sum": float(compiled(torch.ones(size)).sum())}
+        )
+
+    arms = [arm(size) for size in range(1, 13)]
+    run_arms(arms, report=lambda: None, command="", team=Team(), say=lambda text: None)
+    assert [read_result(one.folder)["sum"] for one in arms] == [2.0 * n for n in range(1, 13)]
 
 
 def test_a_signal_ends_it_with_a_report(tmp_path):
