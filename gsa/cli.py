@@ -8,6 +8,7 @@ gsa export RUN --out FOLDER               a model folder out of a run's newest c
 gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transformer
 gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
+gsa serve MODEL [options]                 answer over HTTP, as OpenAI's API does
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
 gsa bench ops [options]                   time the operator on this machine
 gsa bench decode [options]                time decoding and prefill beside rivals
@@ -179,6 +180,18 @@ def chat(arguments: list[str]) -> int:
     return 0
 
 
+def serve(arguments: list[str]) -> int:
+    """answer over HTTP, as OpenAI's API does: gsa serve MODEL"""
+    from gsa.generation.server import ServeConfig
+    from gsa.generation.server import serve as run
+
+    about = "Answer over HTTP, as OpenAI's API does, until SIGINT or SIGTERM."
+    config = _config("gsa serve", about, ServeConfig, arguments, ("model",))
+    _text_alone()
+    run(config)
+    return 0
+
+
 def prefill(arguments: list[str]) -> int:
     """read a text into a file: gsa prefill MODEL TEXT --state FILE"""
     from gsa.generation.config import PrefillConfig
@@ -338,6 +351,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "prefill": prefill,
     "bench": bench,
     "reproduce": reproduce,
