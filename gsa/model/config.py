@@ -92,7 +92,8 @@ class GSAConfig(PreTrainedConfig):
         mixer: gsa, or gated linear attention in its place as in gla, retnet, hgrn2 or
             rwkv6 (see docs/rivals.md); fields that the chosen one does not have must be left alone.
         hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
-            thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256.
+            thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256. An
+            intermediate_size of 0 leaves the MLP out.
         hidden_act: "swish" (or its other name, "silu"), the only activation of the gated MLP.
         norm_eps: eps of the norms in the residual stream.
         output_norm_eps: eps of the norm before each output projection, saved as a number. Where
@@ -228,7 +229,7 @@ class GSAConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
             check_positive_int(name, getattr(self, name))
-        if self.intermediate_size is not None:
+        if self.intermediate_size != 0 and self.intermediate_size is not None:
             check_positive_int("intermediate_size", self.intermediate_size)
         if self.hidden_ratio is not None:
             check_positive_number("hidden_ratio", self.hidden_ratio)
