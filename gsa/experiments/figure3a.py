@@ -42,7 +42,8 @@ class Protocol:
     compile: bool = True
 
 
-ALL = tuple(ARCHITECTURES)
+ALL = tuple(name for name in ARCHITECTURES if name != "mistral")
+"""Mistral's window is wider than the task: it would be transformer++."""
 SIZES: dict[Size, Protocol] = {
     "tiny": Protocol(
         task=Task(seq_len=32, pairs=4, vocab_size=64),
@@ -138,7 +139,7 @@ def model_keys(arch: str, width: int, protocol: Protocol) -> dict[str, Any]:
 
     Heads, slots and tau are those of the author's sweep (4 heads, d/4 slots, tau 16, scale K^−1/2;
     2 heads for GLA and RetNet, keys of GLA as wide as values); those of abc are gsa's, those of
-    supra and transformer++ (2 heads) ours.
+    hgrn2, rwkv6, supra and transformer++ (2 heads) ours.
     """
     slots = {
         "num_heads": 4,
@@ -154,6 +155,13 @@ def model_keys(arch: str, width: int, protocol: Protocol) -> dict[str, Any]:
         "abc": slots | {"gate": "abc"},
         "gla": plain | {"mixer": "gla", "gate_logit_normalizer": 16},
         "retnet": plain | {"mixer": "retnet", "expand_v": 2, "rope_theta": 10000.0},
+        "hgrn2": linear | {"mixer": "hgrn2"},
+        "rwkv6": {
+            "mixer": "rwkv6",
+            "num_heads": 2,
+            "gate_low_rank": width // 4,
+            "shift_low_rank": width // 8,
+        },
         "supra": linear | {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10000.0},
         "transformer++": {
             "num_heads": 2,

@@ -25,7 +25,7 @@ RIVALS = Comparison(
     label=lambda key, keys: "GSA" if key == "gsa" else key,
     notes=(
         "The paper's column is another measure, on other text, at 1.3B: only its order is compared."
-        " Mamba and HGRN2, which it has too, are not here.",
+        " Mamba, which it has too, is not here.",
         "tokens/s is that of the training engine, which packs the rows of a pass into one. Softmax "
         "attention then computes all pairs of a pass and masks most of them, so that "
         "transformer++ is slower here than it need be; `gsa bench training` times it on rows.",

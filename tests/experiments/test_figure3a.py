@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 from training_runs import one_thread
 
-from gsa.architectures import ARCHITECTURES
 from gsa.experiments import figure3a
 from gsa.experiments.figure3a import SIZES, Figure3aConfig, best_points, model_keys, report_text
 from gsa.experiments.mqar import Task
@@ -15,7 +14,7 @@ from gsa.model import GSAConfig
 from gsa.model.cost import count_parameters
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SIZES["paper"].arms)
 @pytest.mark.parametrize("width", SIZES["paper"].widths)
 def test_every_model_of_the_sweep_exists(arch, width):
     config = GSAConfig(**model_keys(arch, width, SIZES["paper"]))
