@@ -9,6 +9,7 @@ gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transf
 gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
+gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by position
 gsa bench ops [options]                   time the operator on this machine
 gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
@@ -191,6 +192,18 @@ def prefill(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(arguments: list[str]) -> int:
+    """how good a model is: gsa eval perplexity"""
+    _, rest = _subcommand("eval", ("perplexity",), arguments)
+    from gsa.evaluation import PerplexityConfig
+    from gsa.evaluation.perplexity import perplexity
+
+    config = _config("gsa eval perplexity", perplexity, PerplexityConfig, rest, ("model",))
+    _text_alone()
+    perplexity(config)
+    return 0
+
+
 def _text_alone() -> None:
     """Text alone is wanted, not how the weights were read."""
     from transformers.utils import logging
@@ -316,6 +329,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "chat": chat,
     "prefill": prefill,
+    "eval": evaluate,
     "bench": bench,
     "info": info,
 }
