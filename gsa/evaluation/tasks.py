@@ -22,7 +22,7 @@ from gsa.evaluation.models import (
     read_config,
 )
 from gsa.evaluation.report import check_out, markdown, write_report
-from gsa.evaluation.suites import Suite, find_suite
+from gsa.evaluation.suites import Suite, find_suite, suites
 
 NOTES = dict.fromkeys(
     ("fda", "swde", "squad_completion"),
@@ -103,7 +103,7 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
         "length": length,
         "tasks": [_result(plan, found) for plan in plans],
     }
-    notes = NOTES | {column.task: column.note for column in (suite.columns if suite else ())}
+    notes = NOTES | {c.task: c.note for one in suites().values() for c in one.columns}
     for result in document["tasks"]:
         result["note"] = notes.get(result["task"], "")
     if suite is not None:

@@ -42,7 +42,7 @@ def documents(*lengths, seed=0):
     return [draw.integers(0, 40, n).astype(np.uint16) for n in lengths]
 
 
-@pytest.mark.parametrize("variant", ["paper", "abc", "hybrid", "gla", "retnet"])
+@pytest.mark.parametrize("variant", ["paper", "abc", "hybrid", "gla", "retnet", "supra"])
 @pytest.mark.parametrize(("length", "stride"), [(8, 8), (8, 3), (8, 1), (64, 64)])
 def test_as_a_loop_over_tokens(variant, length, stride, monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 40 * 3 * 5)  # pieces of five tokens

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gsa.cli import main
 from gsa.evaluation.own_tasks import OWN_TASKS
 from gsa.evaluation.suites import suites
-from gsa.evaluation.tasks import Catalogue
+from gsa.evaluation.tasks import Catalogue, Plan, _result
 
 
 def run(*arguments):
@@ -58,7 +58,8 @@ def test_a_transformers_model(data_dir, tmp_path, capsys):
     LlamaForCausalLM(config).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     assert run(folder, "--tasks", "recall_fda", "arc_easy", "--data-dir", data_dir) == 0
-    assert "arc_easy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| arc_easy  " in printed and "| recall_fda *" in printed and "never compared" in printed
     assert main(["eval", "speed", str(folder), "--context", "20"]) == 2
     assert "expected a GSAConfig model" in capsys.readouterr().err
 
@@ -123,3 +124,19 @@ def test_speed_compares_the_numbers(save_model, tmp_path, capsys):
     assert found["requests"] == 6 and found["same_greedy"] is True
     assert 0 < found["largest_relative_difference"] < 1e-5
     assert "times as fast" in capsys.readouterr().out
+
+
+def test_a_group_weighs_every_example_the_same():
+    found = {
+        "results": {
+            "a": {"alias": "a", "acc,none": 1.0, "acc_stderr,none": "N/A", "only,none": 3.0},
+            "b": {"alias": "b", "acc,get": 0.5, "acc,other": 0.9},
+        },
+        "n-samples": {"a": {"effective": 1}, "b": {"effective": 3}},
+        "versions": {"a": 1.0, "b": 2.0},
+        "n-shot": {"a": 5, "b": 5},
+    }
+    result = _result(Plan("both", ("a", "b"), 5), found)
+    assert result["metrics"] == {"acc": (1 + 3 * 0.5) / 4} and result["examples"] == 4
+    assert (result["versions"], result["shots"]) == (["1.0", "2.0"], [5])
+    assert result["members"]["a"] == {"examples": 1, "metrics": {"acc": 1.0, "only": 3.0}}
