@@ -62,6 +62,8 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from transformers import AutoConfig
 
+    from gsa.evaluation.own_tasks import OWN_TASKS
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     if suite is None:
@@ -103,7 +105,9 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
         "length": length,
         "tasks": [_result(plan, found) for plan in plans],
     }
-    notes = NOTES | {c.task: c.note for one in suites().values() for c in one.columns}
+    columns = [column for one in suites().values() for column in one.columns]
+    notes = NOTES | {column.task: column.note for column in columns if column.task in OWN_TASKS}
+    notes |= {column.task: column.note for column in suite.columns} if suite else {}
     for result in document["tasks"]:
         result["note"] = notes.get(result["task"], "")
     if suite is not None:

@@ -34,6 +34,7 @@ def test_a_suite_beside_the_paper(save_model, data_dir, tmp_path, capsys):
     assert found["paper"]["model"][2] == 50 and found["scored_by"] == "forked states"
     assert "| 1.3B GSA" in printed and "55.3 |" in printed and "LAMBADA ppl *" in printed
     assert "Not comparable with published figures" in printed
+    assert [task for task, found in tasks.items() if found["note"]] == ["lambada_openai"]
 
 
 def test_the_same_numbers_as_through_hflm(save_model, data_dir, tmp_path, monkeypatch):
