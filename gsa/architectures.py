@@ -42,6 +42,26 @@ def retnet(keys: Keys) -> Keys:
     }
 
 
+def hgrn2(keys: Keys) -> Keys:
+    """HGRN2 (arXiv 2404.07904): heads of 128 where the width allows, as in the paper."""
+    return {
+        "mixer": "hgrn2",
+        "num_heads": keys["hidden_size"] // math.gcd(keys["hidden_size"], 128),
+        "value_activation": "identity",
+    }
+
+
+def rwkv6(keys: Keys) -> Keys:
+    """RWKV6's time mixing (arXiv 2404.05892): heads of 64, ranks 32 and 64 but in narrow models."""
+    D = keys["hidden_size"]
+    return {
+        "mixer": "rwkv6",
+        "num_heads": D // math.gcd(D, 64),
+        "gate_low_rank": min(64, D // 4),
+        "shift_low_rank": min(32, D // 8),
+    }
+
+
 def supra(keys: Keys) -> Keys:
     """SUPRA's linear attention (arXiv 2405.06640) in a Transformer's heads."""
     return {
@@ -57,6 +77,15 @@ def transformer(keys: Keys) -> Keys:
     """Transformer++: softmax attention with rotary embeddings in every layer, as in Llama."""
     heads, layers = transformer_heads(keys), list(range(keys["num_hidden_layers"]))
     return {"num_heads": heads, "attn": {"layers": layers, "num_heads": heads}}
+
+
+def mistral(keys: Keys) -> Keys:
+    """Mistral (arXiv 2310.06825): Transformer++ with four query heads to a key/value head where the
+    heads allow, and a window of 4096 tokens."""
+    found = transformer(keys)
+    heads = found["num_heads"]
+    window = {"num_kv_heads": heads // math.gcd(heads, 4), "window_size": 4096}
+    return found | {"attn": found["attn"] | window}
 
 
 def transformer_heads(keys: Keys) -> int:
@@ -80,8 +109,11 @@ ARCHITECTURES: dict[str, Callable[[Keys], Keys]] = {
     "abc": abc,
     "gla": gla,
     "retnet": retnet,
+    "hgrn2": hgrn2,
+    "rwkv6": rwkv6,
     "supra": supra,
     "transformer++": transformer,
+    "mistral": mistral,
 }
 
 

@@ -8,6 +8,7 @@ gsa export RUN --out FOLDER               a model folder out of a run's newest c
 gsa convert TEACHER --out FOLDER          a GSA model out of a pretrained Transformer
 gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
+gsa serve MODEL [options]                 answer over HTTP, as OpenAI's API does
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
 gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by position
 gsa eval tasks MODEL --suite NAME         the paper's tasks, beside its figures
@@ -18,6 +19,7 @@ gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
 gsa bench distill FOLDER [options]        what a distillation costs: memory of each GPU, hours
+gsa reproduce EXPERIMENT [options]        the paper's tables and figures: table2 | rivals | figure3a
 gsa info                                  versions, devices, implementations
 """
 
@@ -181,6 +183,18 @@ def chat(arguments: list[str]) -> int:
     return 0
 
 
+def serve(arguments: list[str]) -> int:
+    """answer over HTTP, as OpenAI's API does: gsa serve MODEL"""
+    from gsa.generation.server import ServeConfig
+    from gsa.generation.server import serve as run
+
+    about = "Answer over HTTP, as OpenAI's API does, until SIGINT or SIGTERM."
+    config = _config("gsa serve", about, ServeConfig, arguments, ("model",))
+    _text_alone()
+    run(config)
+    return 0
+
+
 def prefill(arguments: list[str]) -> int:
     """read a text into a file: gsa prefill MODEL TEXT --state FILE"""
     from gsa.generation.config import PrefillConfig
@@ -287,6 +301,28 @@ def bench(arguments: list[str]) -> int:
     return 0
 
 
+def reproduce(arguments: list[str]) -> int:
+    """the paper's experiments: gsa reproduce table2 | rivals | figure3a"""
+    chosen, rest = _subcommand("reproduce", ("table2", "rivals", "figure3a"), arguments)
+    command = "gsa " + shlex.join(["reproduce", *arguments])
+    if chosen == "table2":
+        from gsa.experiments.table2 import Table2Config, reproduce_table2
+
+        asked = _config("gsa reproduce table2", reproduce_table2, Table2Config, rest)
+        stopped = reproduce_table2(asked, command=command)
+    elif chosen == "rivals":
+        from gsa.experiments.rivals import RivalsConfig, reproduce_rivals
+
+        asked = _config("gsa reproduce rivals", reproduce_rivals, RivalsConfig, rest)
+        stopped = reproduce_rivals(asked, command=command)
+    else:
+        from gsa.experiments.figure3a import Figure3aConfig, reproduce_figure3a
+
+        asked = _config("gsa reproduce figure3a", reproduce_figure3a, Figure3aConfig, rest)
+        stopped = reproduce_figure3a(asked, command=command)
+    return 130 if stopped == signal.SIGINT else 0
+
+
 def info(arguments: list[str]) -> int:
     """versions, devices, threads, and the implementation that "auto" takes"""
     parser = argparse.ArgumentParser(prog="gsa info", description=info.__doc__)
@@ -345,9 +381,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "distill": distill,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "prefill": prefill,
     "eval": evaluate,
     "bench": bench,
+    "reproduce": reproduce,
     "info": info,
 }
 

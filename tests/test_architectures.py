@@ -29,15 +29,28 @@ def test_parameters_are_as_many_within_two_percent(arch, size):
 
 
 def test_states_at_1_3b_are_those_of_the_paper():
-    """Appendix C, in numbers per layer: GSA 128 d, GLA 256 d, RetNet 512 d."""
-    for arch, per_width in (("gsa", 128), ("gla", 256), ("retnet", 512)):
+    """Appendix C, in numbers per layer: GSA and HGRN2 128 d, GLA 256 d, RetNet 512 d. RWKV6, whose
+    heads are of 64, keeps its last input (in bf16) too."""
+    for arch, per_width in (("gsa", 128), ("hgrn2", 128), ("gla", 256), ("retnet", 512)):
         config = config_of(arch, "1.3b")
         assert state_bytes(config, 2048) == 24 * per_width * 2048 * 4, arch
+    assert state_bytes(config_of("rwkv6", "1.3b"), 2048) == 24 * 2048 * (64 * 4 + 2)
     heads = {arch: config_of(arch, "1.3b").mixer_options(0) for arch in ARCHITECTURES}
     assert isinstance(heads["gla"], LinearAttentionOptions)
     assert (heads["gla"].key_width, heads["gla"].value_width) == (256, 512)
     assert isinstance(heads["transformer++"], SoftmaxAttentionOptions)
     assert heads["transformer++"].width == 128
+
+
+def test_mistral_groups_heads_and_keeps_what_its_window_sees():
+    config = config_of("mistral", "1.3b")
+    options = config.mixer_options(0)
+    assert isinstance(options, SoftmaxAttentionOptions)
+    assert (options.num_heads, options.kv_heads, options.width) == (16, 4, 128)
+    whole = state_bytes(config_of("transformer++", "1.3b"), 2048) - 24 * 2048 * 8  # positions
+    assert state_bytes(config, 2048) - 24 * 2048 * 8 == whole / 4
+    assert state_bytes(config, 4095) == state_bytes(config, 1 << 17)
+    assert {type(config_of("mistral", size).mixer_options(0)) for size in SIZES} == {type(options)}
 
 
 def test_what_cannot_be_is_refused():
@@ -96,5 +109,5 @@ def test_cost_of_every_architecture(tmp_path, capsys):
     found = {row["model"]: row for row in json.loads(out.read_text())["models"]}
     assert len(found) == 2 * len(ARCHITECTURES)
     assert found["1.3b gla"]["lengths"][0]["state_bytes_per_layer"] == 256 * 2048 * 4
-    assert main(["bench", "cost", "34m", "--arch", "gla", "rwkv"]) == 2
+    assert main(["bench", "cost", "34m", "--arch", "gla", "rwkv5"]) == 2
     assert "arch: expected all, or some of gsa, abc, gla" in capsys.readouterr().err

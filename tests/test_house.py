@@ -33,6 +33,8 @@ DOORS = {
     ("benchmark", "training"),  # training is timed by the engine's own parts
     ("benchmark", "generation"),  # and decoding by the decoder
     ("benchmark", "conversion"),  # what a distillation costs follows from its stages
+    ("experiments", "recipes"),  # experiments are recipes with one thing changed
+    ("experiments", "architectures"),  # or with another architecture
     ("cli", "cli_options"),  # options of commands
     ("__main__", "cli"),  # python -m gsa
 }

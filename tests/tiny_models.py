@@ -36,6 +36,13 @@ VARIANTS = {
         "scale": "rsqrt_key",
     },
     "retnet": {"mixer": "retnet", "expand_v": 2, "rope_theta": 100.0, "output_gate": True},
+    "hgrn2": {
+        "mixer": "hgrn2",
+        "num_kv_heads": 2,
+        "expand_v": 2,
+        "value_activation": "identity",
+    },
+    "rwkv6": {"mixer": "rwkv6", "expand_v": 2, "gate_low_rank": 3, "shift_low_rank": 2},
     "supra": {
         "mixer": "retnet",
         "num_kv_heads": 2,
@@ -43,7 +50,7 @@ VARIANTS = {
         "rope_theta": 100.0,
         "qk_norm": True,
         "qkv_bias": True,
-        "attn": {"layers": [1], "num_heads": 2, "window_size": 4},
+        "attn": {"layers": [1], "num_heads": 2, "num_kv_heads": 1, "window_size": 4},
     },
     "window": {
         "attn": [{"layers": [0], "num_heads": 2, "window_size": 4, "rope_theta": 50.0}],

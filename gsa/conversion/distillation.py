@@ -30,6 +30,7 @@ from gsa.conversion.recovery import Comparison, Recovery, compare
 from gsa.data import MixedShards, TokenShards, open_rows
 from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.model.loading import without_bars
 from gsa.training import RunError, train
 from gsa.training.distributed import Team, join
 from gsa.training.files import write_json, write_text
@@ -213,7 +214,8 @@ def _compare(
     questions: list[Questions],
     team: Team,
 ) -> Comparison:
-    student: Any = GSAForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with without_bars():
+        student: Any = GSAForCausalLM.from_pretrained(model, dtype=torch.float32)
     return compare(
         student.to(teacher.device),
         teacher,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from gsa.data import Batch
 from gsa.layers import SoftmaxAttention, TokenLayout
+from gsa.model.loading import without_bars
 from gsa.model.loss import IGNORE, linear_kl, next_tokens
 from gsa.training.distributed import is_sharded
 
@@ -33,13 +33,8 @@ class FrozenTeacher:
 
     @cached_property
     def model(self) -> Any:
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        with without_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
         return model.to(self.device).eval().requires_grad_(False)
 
     @property

@@ -7,7 +7,7 @@ batch = rows.batch(position=0, rows=8)        # a pure function: no iterator to 
 
 from gsa.data.byte_tokenizer import decode_bytes, save_byte_tokenizer
 from gsa.data.mixture import MixedRows, MixedShards, open_rows
-from gsa.data.packing import Batch, PackedRows, validation_batches
+from gsa.data.packing import Batch, PackedRows, Rows, validation_batches
 from gsa.data.preparation import PrepareConfig, prepare
 from gsa.data.shards import TokenShards
 
@@ -17,6 +17,7 @@ __all__ = [
     "MixedShards",
     "PackedRows",
     "PrepareConfig",
+    "Rows",
     "TokenShards",
     "decode_bytes",
     "open_rows",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gsa.data.packing import PackedRows, Rows, Span, check_at_least
+from gsa.data.packing import PackedRows, Span, TextRows, check_at_least
 from gsa.data.permutation import permute
 from gsa.data.shards import TokenShards
 
@@ -63,7 +63,7 @@ class MixedShards:
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-class MixedRows(Rows):
+class MixedRows(TextRows):
     """Rows of several sources by weight; position tells the source and which row of it.
 
     Each source keeps the order and the epochs that it has alone (`PackedRows`), at its own pace. A

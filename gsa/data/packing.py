@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsa.data.permutation import permute
+from gsa.data.permutation import shuffled
 from gsa.data.shards import TokenShards
 
 IGNORE = -100
@@ -46,19 +46,12 @@ class Rows(ABC):
     seq_len: int
 
     @abstractmethod
-    def spans(self, position: int, rows: int) -> list[Span]:
-        """Where the tokens of the rows at position … position+rows−1 lie."""
-
     def batch(self, position: int, rows: int) -> Batch:
         """The `rows` rows from `position` on, which counts rows since the start of training.
 
         batch(p, 4) is batch(p, 1), …, batch(p + 3, 1) end to end, over epoch ends too. Returns
         tensors on the CPU, input_ids and labels [1, rows · seq_len].
         """
-        check_at_least("position", position, 0)
-        check_at_least("rows", rows, 1)
-        _check_fits_int32(rows * self.seq_len)
-        return _pack(self.spans(position, rows))
 
     def share(self, position: int, rows: int, rank: int, world: int) -> Batch:
         """What process `rank` of `world` takes of batch(position, rows): an equal part, in order.
@@ -80,7 +73,21 @@ class Rows(ABC):
         return self.batch(position + rank * own, own)
 
 
-class PackedRows(Rows):
+class TextRows(Rows):
+    """Rows cut out of shards."""
+
+    @abstractmethod
+    def spans(self, position: int, rows: int) -> list[Span]:
+        """Where the tokens of the rows at position … position+rows−1 lie."""
+
+    def batch(self, position: int, rows: int) -> Batch:
+        check_at_least("position", position, 0)
+        check_at_least("rows", rows, 1)
+        _check_fits_int32(rows * self.seq_len)
+        return _pack(self.spans(position, rows))
+
+
+class PackedRows(TextRows):
     """Rows of `seq_len` tokens in a seeded order, one permutation per epoch.
 
     The documents of `shards` are laid end to end and cut every `seq_len` tokens; the last
@@ -110,15 +117,7 @@ class PackedRows(Rows):
         """Which rows (0 … num_rows−1, in text order) stand at position … position+rows−1."""
         check_at_least("position", position, 0)
         check_at_least("rows", rows, 1)
-        places = np.arange(position, position + rows, dtype=np.int64)
-        epochs = places // self.num_rows
-        chosen = np.empty(rows, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            chosen[here] = permute(
-                places[here] % self.num_rows, size=self.num_rows, seed=self.seed, epoch=epoch
-            )
-        return chosen
+        return shuffled(position, rows, size=self.num_rows, seed=self.seed)
 
     def spans(self, position: int, rows: int) -> list[Span]:
         """Where the tokens of the rows at position … position+rows−1 lie."""

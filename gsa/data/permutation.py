@@ -49,6 +49,20 @@ def permute(index: np.ndarray, *, size: int, seed: int, epoch: int) -> np.ndarra
     return point.astype(np.int64)
 
 
+def shuffled(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
+    """The `count` indices, int64 in 0 … size−1, that stand from `position` on in endless epochs.
+
+    Epoch e, positions e · size and on, is in the order of (seed, e).
+    """
+    places = np.arange(position, position + count, dtype=np.int64)
+    epochs = places // size
+    chosen = np.empty_like(places)
+    for epoch in range(position // size, (position + count - 1) // size + 1):
+        here = epochs == epoch
+        chosen[here] = permute(places[here] % size, size=size, seed=seed, epoch=epoch)
+    return chosen
+
+
 def _feistel(point: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = point >> shift, point & mask

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gsa.generation.prefill import read
+from gsa.generation.prefill import Reading, Tokens
 from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
 from gsa.generation.state import ModelState, fingerprint
 from gsa.generation.step import Head, StatePool, StepBlock
@@ -94,8 +94,12 @@ class Decoder:
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.is_thin = takes_thin_blocks(model, rows)
-        block_type = ThinBlock if self.is_thin else StepBlock
-        self.blocks = [block_type(block) for block in model.model.layers]
+        layers = model.model.layers
+        if self.is_thin:
+            self.blocks = [ThinBlock(block) for block in layers]
+        else:
+            bounds = model.model.log_bounds()
+            self.blocks = [StepBlock(*pair) for pair in zip(layers, bounds, strict=True)]
         self.head = ThinHead(model) if self.is_thin else Head(model)
         capacity = int(capacity or model.config.max_position_embeddings)
         self.pool = StatePool([block.attn for block in self.blocks], rows, capacity)
@@ -132,20 +136,21 @@ class Decoder:
         """Of the model; states carry it."""
         return fingerprint(self.model)
 
-    def prefill(
-        self, tokens: Sequence[int] | Tensor, state: ModelState | None = None
-    ) -> ModelState:
+    def prefill(self, tokens: Tokens, state: ModelState | None = None) -> ModelState:
         """The state after reading tokens [T], from the start or after those of another state.
 
         Reads in chunks: memory does not depend on T (but for what softmax layers of a hybrid keep).
         ValueError for no tokens at all, ids that the model has not, or a state of another model.
         """
-        if state is not None:
-            self._check(state)
-        return read(self.model, tokens, state, self.fingerprint)
+        return self.reading(tokens, state).finish()
 
-    def _check(self, state: ModelState) -> None:
-        if state.fingerprint != self.fingerprint:
+    def reading(self, tokens: Tokens, state: ModelState | None = None) -> Reading:
+        """What `prefill` does, to be done chunk by chunk between steps; its errors."""
+        self._check(state)
+        return Reading(self.model, tokens, state, self.fingerprint)
+
+    def _check(self, state: ModelState | None) -> None:
+        if state is not None and state.fingerprint != self.fingerprint:
             raise ValueError(
                 f"state: expected one of this model ({self.fingerprint}), got one of another "
                 f"({state.fingerprint}): other weights, dtype or config; read the text again "
@@ -220,6 +225,11 @@ class Decoder:
         if self._flights and (not texts or len(self._flights) > self.lag):
             return self._land(self._flights.popleft())
         return []
+
+    @property
+    def taken(self) -> int:
+        """Rows that were started and not released yet."""
+        return sum(text is not None for text in self._texts)
 
     @property
     def idle(self) -> bool:

@@ -79,6 +79,7 @@ class Choices:
         self.chance, self.temperature = numbers(0.0), numbers(1.0)
         self.top_k, self.top_p = numbers(0, torch.int64), numbers(1.0, torch.float64)
         self.penalty, self.seed = numbers(1.0), numbers(0, torch.int64)
+        self.words = word_keys(words, device)
         self.met = torch.zeros(rows, words, dtype=torch.bool, device=device)
         """[P, W], tokens that each row has read or written."""
 
@@ -112,7 +113,7 @@ def sample(logits_PW: Tensor, choices: Choices, position_P: Tensor, needs: Needs
         logits = logits / choices.temperature[:, None]
         if needs.cut:
             logits = cut(logits, choices.top_k[:, None], choices.top_p[:, None])
-        noise = gumbel(choices.seed, position_P, logits.shape[1])
+        noise = gumbel(choices.seed, position_P, choices.words)
         logits = logits + choices.chance[:, None] * noise
     return logits.argmax(-1)
 
@@ -135,17 +136,23 @@ def cut(logits_PW: Tensor, top_k_P1: Tensor, top_p_P1: Tensor) -> Tensor:
     return logits_PW.masked_fill(logits_PW < torch.maximum(least, needed), -torch.inf)
 
 
-def gumbel(seed_P: Tensor, position_P: Tensor, words: int) -> Tensor:
-    """Noise [P, W] with distribution exp(-exp(-x)), fp32: a function of (seed, position, word)."""
-    word_W = torch.arange(1, words + 1, device=seed_P.device)
+def word_keys(words: int, device: torch.device) -> Tensor:
+    """A number for every word, int64 [W]: the multiples of 2^64 over the golden ratio, mod 2^64."""
+    odd = -7046029254386353131
+    return torch.arange(1, words + 1, device=device) * odd
+
+
+def gumbel(seed_P: Tensor, position_P: Tensor, keys_W: Tensor) -> Tensor:
+    """Noise [P, W] with distribution exp(-exp(-x)), fp32: a function of (seed, position, word).
+
+    keys_W: from `word_keys`. Made beforehand: in compiled code the product would be an index, which
+    the compiler counts in 32 bits.
+    """
     key_P = scramble(scramble(seed_P) + position_P)
-    bits = scramble(key_P[:, None] + word_W * _ODD)
+    bits = scramble(key_P[:, None] + keys_W)
     # 40 bits, with more digits near 0, where the winners of a draw come from; never 0 or 1.
     uniform = (((bits >> 24) & (2**40 - 1)).float() + 0.5) * 2.0**-40
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
-
-
-_ODD = -7046029254386353131  # 2^64 over the golden ratio, as a signed number
 
 
 def scramble(x: Tensor) -> Tensor:

@@ -25,14 +25,16 @@ class StepBlock(nn.Module):
 
     Args:
         block: a `GSABlock`; ValueError unless its linear layers are plain.
+        log_bound: what its forget gates stay above, from `GSAModel.log_bounds`.
     """
 
-    inputs: Tensor
+    inputs: Tensor | None
     inputs_bias: Tensor | None
     gate_up: Tensor
 
-    def __init__(self, block: Any):
+    def __init__(self, block: Any, log_bound: Tensor | None = None):
         super().__init__()
+        self.bound = () if log_bound is None else (log_bound.detach(),)
         self.attn_norm, self.attn, self.mlp_norm = block.attn_norm, block.attn, block.mlp_norm
         self.down_proj = _plain(block.mlp.down_proj)
         _plain(block.attn.o_proj)
@@ -41,7 +43,8 @@ class StepBlock(nn.Module):
         static = isinstance(layers.get("f"), StaticGate)
         self.static_gate = layers.pop("f") if static else None
         self.widths = {name: _plain(layer).out_features for name, layer in layers.items()}
-        self.register_buffer("inputs", torch.cat([x.weight.detach() for x in layers.values()]))
+        weights = [layer.weight.detach() for layer in layers.values()]
+        self.register_buffer("inputs", torch.cat(weights) if weights else None)
         self.register_buffer("inputs_bias", _joined_biases(layers))
         both = (block.mlp.gate_proj, block.mlp.up_proj)
         self.register_buffer("gate_up", torch.cat([_plain(x).weight.detach() for x in both]))
@@ -49,11 +52,13 @@ class StepBlock(nn.Module):
     def forward(self, x_P1D: Tensor, layout: TokenLayout, state: State) -> Tensor:
         """One token of each row [P, 1, D]; writes into the tensors of `state`."""
         h = self.attn_norm(x_P1D)
-        parts = F.linear(h, self.inputs, self.inputs_bias).split(list(self.widths.values()), -1)
-        projected = dict(zip(self.widths, parts, strict=True))
+        projected = {}
+        if self.inputs is not None:
+            parts = F.linear(h, self.inputs, self.inputs_bias).split([*self.widths.values()], -1)
+            projected = dict(zip(self.widths, parts, strict=True))
         if self.static_gate is not None:
             projected["f"] = self.static_gate(h)
-        x_P1D = x_P1D + self.attn.step_(h, projected, layout, state)
+        x_P1D = x_P1D + self.attn.step_(h, projected, layout, state, *self.bound)
         gate, up = F.linear(self.mlp_norm(x_P1D), self.gate_up).chunk(2, -1)
         return x_P1D + self.down_proj(F.silu(gate) * up)
 

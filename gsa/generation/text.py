@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from gsa.generation.config import Dtype, GenerateConfig, PrefillConfig
 from gsa.generation.decoder import Decoder
-from gsa.generation.prefill import read
+from gsa.generation.prefill import Reading
 from gsa.generation.sampling import Sampling
 from gsa.generation.state import ModelState, fingerprint
 from gsa.model import GSAForCausalLM
@@ -106,7 +106,7 @@ def prefill_file(config: PrefillConfig) -> str:
     if not tokens:
         raise ValueError(f"{config.text}: expected some text, got an empty file")
     begin = time.perf_counter()
-    state = read(model, tokens, None, fingerprint(model))
+    state = Reading(model, tokens, None, fingerprint(model)).finish()
     state.save(config.state)
     seconds = time.perf_counter() - begin
     size = Path(config.state).stat().st_size

@@ -47,7 +47,7 @@ def is_usual(block: Any) -> bool:
     return (
         usual
         and all(is_linear(layer) for layer in inputs + outputs)
-        and all(layer.bias is None for layer in outputs)
+        and all(layer.bias is None and layer.weight.numel() for layer in outputs)
         and all(layer.weight.is_contiguous() for layer in inputs + outputs)
     )
 

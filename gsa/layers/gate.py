@@ -50,6 +50,40 @@ def forget_gate(logits_BTGM: Tensor, tau: float, pads: Tensor | None) -> Tensor:
     return log_forget if pads is None else log_forget.masked_fill(pads[..., None, None], 0.0)
 
 
+def bounded_gate(logits_BTGK: Tensor, log_bound: Tensor | None, pads: Tensor | None) -> Tensor:
+    """HGRN2's log f = log(γ + (1 - γ) · sigmoid(logits)) in fp32 (fp64 for fp64); 0 at padding.
+
+    Args:
+        log_bound: log γ [G·K], from `LowerBounds`; None for γ = 0.
+    """
+    logits = logits_BTGK.to(compute_dtype(logits_BTGK.dtype))
+    log_forget = F.logsigmoid(logits)
+    if log_bound is not None:
+        # γ + (1 - γ) σ(a) = σ(a) + γ σ(-a); rounding must not bring it above 1.
+        kept = log_bound.view(logits.shape[2:]) + F.logsigmoid(-logits)
+        log_forget = torch.logaddexp(log_forget, kept).clamp(max=0.0)
+    return log_forget if pads is None else log_forget.masked_fill(pads[..., None, None], 0.0)
+
+
+class LowerBounds(nn.Module):
+    """What the forget gates of a model's layers stay above: HGRN2's, learned for each key.
+
+        γ_l = Σ_{0<j≤l} softmax(logits)_j        l = 0 … L-1, the softmax over layers
+
+    "HGRN2: Gated Linear RNNs with State Expansion" (arXiv 2404.07904): no bound in the first layer,
+    higher ones in higher layers, which thus keep longer. Logits [L, width] are 0 at the start: l/L.
+    """
+
+    def __init__(self, layers: int, width: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(layers, width))
+
+    def forward(self) -> list[Tensor | None]:
+        """log γ [width] of each layer, fp32 (fp64 for fp64); None for the first."""
+        logits = self.logits.to(compute_dtype(self.logits.dtype))
+        return [None, *logits.log_softmax(0)[1:].logcumsumexp(0).unbind(0)]
+
+
 def abc_gate(
     logits_BTGM: Tensor, layout: TokenLayout, normalizer: Tensor | None, *, decay: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

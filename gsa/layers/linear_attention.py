@@ -1,11 +1,11 @@
-"""Gated linear attention as a layer: GLA, RetNet and SUPRA differ in options only."""
+"""Gated linear attention as a layer: GLA, RetNet, SUPRA and HGRN2 differ in options only."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gsa.layers.feature_map import FeatureMap
-from gsa.layers.gate import forget_gate
+from gsa.layers.gate import bounded_gate, forget_gate
 from gsa.layers.mixer import MixerOutput, State
 from gsa.layers.norm import RMSNorm
 from gsa.layers.options import LinearAttentionOptions
@@ -29,7 +29,10 @@ class LinearAttention(nn.Module):
         y       = W_o( RMSNorm(o of each head) ⊙ swish(W_g x) )    (the last factor if asked for)
 
     decay "data_dependent" is GLA's (arXiv 2312.06635): sigmoid(W_2 W_1 x + b)^(1/tau) for each key;
-    "fixed" is RetNet's (arXiv 2307.08621): `head_decays`. Decays belong to key/value heads.
+    "fixed" is RetNet's (arXiv 2307.08621): `head_decays`. Decays belong to key/value heads. "tied"
+    is HGRN2's (arXiv 2404.07904), which has no keys of its own and norms all heads as one:
+
+        f = γ + (1 - γ) sigmoid(W_f x)        k = 1 - f        y = W_o RMSNorm(o)
 
     State: memory [B, G, K, V] in fp32. Its size does not depend on T.
 
@@ -45,7 +48,11 @@ class LinearAttention(nn.Module):
         D, H, G = options.hidden_size, options.num_heads, options.kv_heads
         K, V = options.key_width, options.value_width
         self.q_proj = nn.Linear(D, H * K, bias=options.qkv_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=options.qkv_bias)
+        self.tied = options.decay == "tied"
+        if self.tied:
+            self.f_proj = nn.Linear(D, G * K, bias=False)
+        else:
+            self.k_proj = nn.Linear(D, G * K, bias=options.qkv_bias)
         self.v_proj = nn.Linear(D, G * V, bias=options.qkv_bias)
         self.o_proj = nn.Linear(H * V, D, bias=False)
         if options.decay == "data_dependent":
@@ -55,20 +62,28 @@ class LinearAttention(nn.Module):
             self.q_norm = RMSNorm(K, options.norm_eps)
             self.k_norm = RMSNorm(K, options.norm_eps)
         self.feature_map = FeatureMap(options.feature_map, K)
-        self.g_norm = RMSNorm(V, options.output_norm_eps, affine=options.elementwise_affine)
+        normed = H * V if self.tied else V
+        self.g_norm = RMSNorm(normed, options.output_norm_eps, affine=options.elementwise_affine)
         if options.output_gate:
             self.g_proj = nn.Linear(D, H * V, bias=False)
 
     def forward(
-        self, x_BTD: Tensor, layout: TokenLayout | None = None, state: State | None = None
+        self,
+        x_BTD: Tensor,
+        layout: TokenLayout | None = None,
+        state: State | None = None,
+        log_bound: Tensor | None = None,
     ) -> MixerOutput:
-        """Mixes tokens x [B, T, D]; arguments as in `GatedSlotAttention.forward`."""
+        """Mixes tokens x [B, T, D]; arguments as in `GatedSlotAttention.forward`, and
+
+        log_bound: log γ [G·K] of a tied decay, from `LowerBounds`; None for γ = 0.
+        """
         if layout is None:
             layout = TokenLayout.of_rows(x_BTD.shape[1], x_BTD.device)
         layers = {name: getattr(self, f"{name}_proj", None) for name in "qkvfg"}
         projected = {name: layer(x_BTD) for name, layer in layers.items() if layer is not None}
-        q, k, v = self._heads(projected, layout)
-        log_decay = self._decay(projected, layout)
+        log_decay = self._decay(projected, layout, log_bound)
+        q, k, v = self._heads(projected, layout, log_decay)
         memory = None if state is None else state["memory"]
         scale, decays = self.options.score_scale, log_decay.expand(k.shape)
         if q.shape[1] == 1 and memory is not None and not torch.is_grad_enabled():
@@ -97,31 +112,39 @@ class LinearAttention(nn.Module):
         return {"memory": like.new_zeros(shape, dtype=compute_dtype(like.dtype))}
 
     def step_(
-        self, x_B1D: Tensor, projected: dict[str, Tensor], layout: TokenLayout, state: State
+        self,
+        x_B1D: Tensor,
+        projected: dict[str, Tensor],
+        layout: TokenLayout,
+        state: State,
+        log_bound: Tensor | None = None,
     ) -> Tensor:
         """Mixes one token of each row [B, 1, D], writing into the state; for inference.
 
-        Arguments as in `GatedSlotAttention.step_`; f is W_1 x.
+        Arguments as in `GatedSlotAttention.step_` and `forward`; f is W_1 x, or W_f x where tied.
         """
-        q, k, v = self._heads(projected, layout)
-        decays = self._decay(projected, layout).expand(k.shape)
+        log_decay = self._decay(projected, layout, log_bound)
+        q, k, v = self._heads(projected, layout, log_decay)
+        decays = log_decay.expand(k.shape)
         output = gated_linear_step(
             q, k, v, decays, state["memory"], scale=self.options.score_scale, inplace=True
         ).output
         return self._combine(output, projected.get("g"))
 
     def _heads(
-        self, projected: dict[str, Tensor], layout: TokenLayout
+        self, projected: dict[str, Tensor], layout: TokenLayout, log_decay: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by head, as the memory takes them; keys of padding are 0."""
         options = self.options
         q = projected["q"].unflatten(-1, (options.num_heads, options.key_width))
-        k = projected["k"].unflatten(-1, (options.kv_heads, options.key_width))
         v = projected["v"].unflatten(-1, (options.kv_heads, options.value_width))
+        v = F.silu(v) if options.value_activation == "swish" else v
+        if self.tied:
+            return self.feature_map(q), -torch.expm1(log_decay).to(v.dtype), v
+        k = projected["k"].unflatten(-1, (options.kv_heads, options.key_width))
         if options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.feature_map(q), self.feature_map(k)
-        v = F.silu(v) if options.value_activation == "swish" else v
         if options.rope_theta is not None:
             rotation = (layout.positions, options.rope_theta, options.rope_scaling)
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -129,9 +152,14 @@ class LinearAttention(nn.Module):
             k = k.masked_fill(layout.pads[..., None, None], 0.0)
         return q, k, v
 
-    def _decay(self, projected: dict[str, Tensor], layout: TokenLayout) -> Tensor:
+    def _decay(
+        self, projected: dict[str, Tensor], layout: TokenLayout, log_bound: Tensor | None
+    ) -> Tensor:
         """log_decay [B, T, G, K], or [B, T, G, 1] where keys share it; 0 at padding."""
         options, pads = self.options, layout.pads
+        if self.tied:
+            logits = projected["f"].unflatten(-1, (options.kv_heads, options.key_width))
+            return bounded_gate(logits, log_bound, pads)
         if options.decay == "data_dependent":
             logits = self.f_out(projected["f"]).unflatten(-1, (options.kv_heads, -1))
             return forget_gate(logits, options.gate_logit_normalizer, pads)
@@ -141,7 +169,8 @@ class LinearAttention(nn.Module):
         return decay_BTG1 if pads is None else decay_BTG1.masked_fill(pads[..., None, None], 0.0)
 
     def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
-        output = self.g_norm(output_BTHV).flatten(2)
+        output = self.g_norm(output_BTHV.flatten(2) if self.tied else output_BTHV)
+        output = output if self.tied else output.flatten(2)
         return self.o_proj(output if gate is None else output * F.silu(gate))
 
 

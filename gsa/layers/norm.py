@@ -32,3 +32,26 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}, affine={self.weight is not None}"
+
+
+class HeadNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) · weight + bias of each head, in fp32 (fp64 for fp64).
+
+    RWKV6's group norm, on [..., heads, width]. Weight and bias [heads, width].
+
+    Args:
+        affine: False leaves weight and bias out.
+    """
+
+    def __init__(self, heads: int, width: int, eps: float, *, affine: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(heads, width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = compute_dtype(x.dtype)
+        normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=self.eps)
+        if self.weight is not None and self.bias is not None:
+            normed = normed * self.weight.to(dtype) + self.bias.to(dtype)
+        return normed.to(x.dtype)

@@ -8,7 +8,7 @@ from gsa.layers.gate import GATES
 from gsa.layers.rope import ROPE_TYPES, SCALING_KEYS
 from gsa.ops.types import SLOT_ACTIVATIONS, SlotActivation
 
-DECAYS = ("data_dependent", "fixed")
+DECAYS = ("data_dependent", "fixed", "tied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +181,8 @@ class LinearAttentionOptions(MemoryOptions):
     """Sizes and variants of a `LinearAttention`."""
 
     decay: str
-    """data_dependent (GLA's, for each key) | fixed (RetNet's, one number per head)."""
+    """data_dependent (GLA's, for each key) | fixed (RetNet's, one number per head) | tied (HGRN2's,
+    for each key, and keys are what it lets go of: queries and keys have no further options)."""
     gate_low_rank: int = 16
     """Rank of the weights of gates that depend on the token."""
 
@@ -189,6 +190,18 @@ class LinearAttentionOptions(MemoryOptions):
         super().__post_init__()
         check_choice("decay", self.decay, DECAYS)
         check_positive_int("gate_low_rank", self.gate_low_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RWKV6Options(LinearAttentionOptions):
+    """Sizes of an `RWKV6`; of what is inherited it reads widths, heads, norm and gate_low_rank."""
+
+    shift_low_rank: int = 32
+    """Rank of the weights by which a token chooses how far its inputs look back."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive_int("shift_low_rank", self.shift_low_rank)
 
 
 @dataclass(frozen=True, kw_only=True)

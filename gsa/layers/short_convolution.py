@@ -46,6 +46,22 @@ class ShortConvolution(nn.Module):
         return F.silu(y).to(x_BTD.dtype), _last_real_tokens(history, layout.pads, self.conv_size)
 
 
+def previous_tokens(
+    x_BTD: Tensor, layout: TokenLayout, tail: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The real token before each of x [B, T, D], 0 before the first of a sequence.
+
+    tail: [B, 1, D], as returned for the tokens before; None at the start.
+    """
+    history, order = _real_tokens_first(x_BTD, layout.pads, tail, 2)
+    before = history[:, :-1]
+    if layout.documents is not None:
+        before = before.masked_fill((layout.positions == 0)[..., None], 0.0)
+    if order is not None:
+        before = torch.zeros_like(before).scatter(1, order[..., None].expand_as(before), before)
+    return before, _last_real_tokens(history, layout.pads, 2)
+
+
 def next_tail(x_BTD: Tensor, pads: Tensor | None, tail: Tensor | None, conv_size: int) -> Tensor:
     """The tail after tokens x, given the one before them (None at the start)."""
     history, _ = _real_tokens_first(x_BTD, pads, tail, conv_size)

@@ -16,9 +16,11 @@ from gsa.layers.linear_attention import replay_linear
 from gsa.layers.mixer import MixerOutput, State
 from gsa.layers.options import (
     LinearAttentionOptions,
+    RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
 )
+from gsa.layers.rwkv6 import replay_rwkv6
 from gsa.layers.slot_attention import replay_slots
 from gsa.layers.softmax_attention import replay_window
 from gsa.model.config import GSAConfig, MixerOptions
@@ -26,6 +28,7 @@ from gsa.model.config import GSAConfig, MixerOptions
 REPLAYS: dict[type, Callable[..., State]] = {
     SlotAttentionOptions: replay_slots,
     LinearAttentionOptions: replay_linear,
+    RWKV6Options: replay_rwkv6,
     SoftmaxAttentionOptions: replay_window,
 }
 """How each kind of layer makes its state again from recorded steps."""
@@ -92,7 +95,8 @@ class GSACache(Cache):
     """The state of a whole model: `layers[i].state`, tensors by name, batch first.
 
     Slot layers hold a memory, with an abc gate its normaliser, with short convolutions their
-    tails; layers of linear attention hold a memory: sizes that do not depend on how much was read.
+    tails; layers of linear attention hold a memory, RWKV6's their last input too: sizes that do not
+    depend on how much was read.
     Softmax layers of a hybrid hold keys and values, with a window at most window_size - 1 of them.
 
     Args:

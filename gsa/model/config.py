@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gsa.layers.options import (
     LinearAttentionOptions,
+    RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
     check_choice,
@@ -45,14 +46,32 @@ ATTENTION_KEYS = (
 )
 
 
-DECAYS = {"gla": "data_dependent", "retnet": "fixed"}
+DECAYS = {
+    "gla": "data_dependent",
+    "retnet": "fixed",
+    "hgrn2": "tied",
+    "rwkv6": "data_dependent",
+}
 """What the memory of each linear mixer forgets by."""
+
+_GATE = ("gate_logit_normalizer", "gate_low_rank")
+_QK = ("qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "feature_map")
+NOT_READ = {
+    "gla": (),
+    "retnet": _GATE,
+    "hgrn2": (*_GATE, *_QK),
+    "rwkv6": (
+        *("gate_logit_normalizer", "num_kv_heads", "value_activation", "scale", "output_gate"),
+        *_QK,
+    ),
+}
+"""Fields of its options that a linear mixer has no use for."""
 
 MIXERS = ("gsa", *DECAYS)
 
 MIXER_KEYS = frozenset(
     field.name
-    for kind in (SlotAttentionOptions, LinearAttentionOptions)
+    for kind in (SlotAttentionOptions, RWKV6Options)
     for field in fields(kind)
     if field.name != "decay"
 )
@@ -67,12 +86,14 @@ class GSAConfig(PreTrainedConfig):
     Accepts the configs of the published `fla-hub/gsa-*` checkpoints as they are. Every field below
     changes the model or is refused; keys known to do nothing (`DEAD_KEYS`) are dropped; any other
     unknown key raises ValueError. The fields of the token mixer are described in
-    `gsa.layers.options`, `SlotAttentionOptions` and `LinearAttentionOptions`. The rest:
+    `gsa.layers.options`, `SlotAttentionOptions`, `LinearAttentionOptions` and
+    `RWKV6Options`. The rest:
 
-        mixer: gsa, or gated linear attention in its place with the decays of gla or retnet (see
-            docs/rivals.md); fields that the chosen one does not have must be left alone.
+        mixer: gsa, or gated linear attention in its place as in gla, retnet, hgrn2 or
+            rwkv6 (see docs/rivals.md); fields that the chosen one does not have must be left alone.
         hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
-            thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256.
+            thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256. An
+            intermediate_size of 0 leaves the MLP out.
         hidden_act: "swish" (or its other name, "silu"), the only activation of the gated MLP.
         norm_eps: eps of the norms in the residual stream.
         output_norm_eps: eps of the norm before each output projection, saved as a number. Where
@@ -105,6 +126,7 @@ class GSAConfig(PreTrainedConfig):
     gate_bias: bool = False
     gate_logit_normalizer: float = 8
     gate_low_rank: int = 16
+    shift_low_rank: int = 32
     feature_map: str = "swish"
     value_activation: str = "swish"
     slot_activation: str = "softmax"
@@ -207,7 +229,7 @@ class GSAConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
             check_positive_int(name, getattr(self, name))
-        if self.intermediate_size is not None:
+        if self.intermediate_size != 0 and self.intermediate_size is not None:
             check_positive_int("intermediate_size", self.intermediate_size)
         if self.hidden_ratio is not None:
             check_positive_number("hidden_ratio", self.hidden_ratio)
@@ -240,9 +262,11 @@ class GSAConfig(PreTrainedConfig):
         """Fields that the mixer reads, of those which its options have."""
         if self.mixer == "gsa":
             return {field.name for field in fields(SlotAttentionOptions)}
-        names = {field.name for field in fields(LinearAttentionOptions)} & MIXER_KEYS
-        gate = {"gate_logit_normalizer", "gate_low_rank"}
-        return names if self.mixer == "gla" else names - gate
+        names = {field.name for field in fields(self._linear_kind())} & MIXER_KEYS
+        return names - set(NOT_READ[self.mixer])
+
+    def _linear_kind(self) -> type[LinearAttentionOptions]:
+        return RWKV6Options if self.mixer == "rwkv6" else LinearAttentionOptions
 
     def _check_attention_layers(self) -> None:
         seen: set[int] = set()
@@ -291,7 +315,15 @@ class GSAConfig(PreTrainedConfig):
         chosen = {name: getattr(self, name) for name in self._mixer_fields()}
         if self.mixer == "gsa":
             return SlotAttentionOptions(**chosen)
-        return LinearAttentionOptions(**chosen, decay=DECAYS[self.mixer])
+        return self._linear_kind()(**chosen, decay=DECAYS[self.mixer])
+
+    @property
+    def lower_bound_width(self) -> int | None:
+        """G·K, forget gates of a layer that have lower bounds; None if no layer has such gates."""
+        for one in map(self.mixer_options, range(self.num_hidden_layers)):
+            if isinstance(one, LinearAttentionOptions) and one.decay == "tied":
+                return one.kv_heads * one.key_width
+        return None
 
     @property
     def mlp_width(self) -> int:

@@ -23,6 +23,7 @@ import torch
 
 from gsa.layers.options import (
     LinearAttentionOptions,
+    RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
     check_positive_int,
@@ -97,6 +98,7 @@ def count_parameters(config: GSAConfig) -> Parameters:
     """The numbers that `GSAForCausalLM(config)` has, exactly."""
     D, W = config.hidden_size, config.vocab_size
     mixers = sum(_projections(one) + _small_parameters(one) for one in _layers(config))
+    mixers += config.num_hidden_layers * (config.lower_bound_width or 0)
     return Parameters(
         embeddings=W * D,
         blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + 2 * D),
@@ -258,7 +260,10 @@ def _projections(options: MixerOptions) -> int:
     if isinstance(options, SoftmaxAttentionOptions):
         return 2 * D * (H + G) * options.width
     K, V = options.key_width, options.value_width
-    qkvo = D * (H + G) * (K + V) + (D * H * V if options.output_gate else 0)
+    gated = options.output_gate or isinstance(options, RWKV6Options)
+    qkvo = D * (H + G) * (K + V) + (D * H * V if gated else 0)
+    if isinstance(options, RWKV6Options):
+        qkvo += 2 * 5 * options.shift_low_rank * D
     if isinstance(options, LinearAttentionOptions):
         depends = options.decay == "data_dependent"
         return qkvo + (options.gate_low_rank * (D + G * K) if depends else 0)
@@ -310,8 +315,13 @@ def _small_parameters(options: MixerOptions) -> int:
 
 def _linear_parameters(options: LinearAttentionOptions) -> int:
     """Parameters that only linear attention has, besides its projections."""
+    if isinstance(options, RWKV6Options):
+        D, K, V = options.hidden_size, options.key_width, options.value_width
+        normed = 2 * V if options.elementwise_affine else 0
+        return 6 * D + options.num_heads * (2 * K + normed)
     bias = options.kv_heads * options.key_width if options.decay == "data_dependent" else 0
-    return bias + (options.value_width if options.elementwise_affine else 0)
+    normed = options.value_width * (options.num_heads if options.decay == "tied" else 1)
+    return bias + (normed if options.elementwise_affine else 0)
 
 
 def _slot_parameters(options: SlotAttentionOptions) -> int:
@@ -337,7 +347,8 @@ def _state_bytes(options: MixerOptions, tokens: int, dtype: torch.dtype) -> int:
         return kept * (2 * G * options.width * dtype.itemsize + position)
     X, numbers = options.key_width + options.value_width, G * _memory_numbers(options)
     if isinstance(options, LinearAttentionOptions):
-        return numbers * compute_dtype(dtype).itemsize
+        tail = options.hidden_size if isinstance(options, RWKV6Options) else 0
+        return numbers * compute_dtype(dtype).itemsize + tail * dtype.itemsize
     if options.gate in ("abc", "abc_printed"):
         numbers += G * options.slots
     tails = (options.conv_size - 1) * _qkv_width(options) if options.use_short_conv else 0

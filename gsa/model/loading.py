@@ -1,16 +1,30 @@
 """Published weights: the names of September 2024 become today's, and nothing is lost on the way."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils import logging
 
 _RENAMED = (
     (re.compile(r"(layers\.\d+\.)attn\.norm\."), r"\1attn_norm."),
     (re.compile(r"(layers\.\d+\.)mlp\.norm\."), r"\1mlp_norm."),
 )
 _GATE = re.compile(r"layers\.\d+\.mlp\.gate_proj\.weight$")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of transformers within, where loading is a detail of something else."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def is_old_layout(names: Iterable[str]) -> bool:

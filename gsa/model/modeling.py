@@ -9,15 +9,17 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from gsa.layers.gate import StaticGate
+from gsa.layers.gate import LowerBounds, StaticGate
 from gsa.layers.linear_attention import LinearAttention
 from gsa.layers.mlp import SwiGLU
-from gsa.layers.norm import RMSNorm
+from gsa.layers.norm import HeadNorm, RMSNorm
 from gsa.layers.options import (
     LinearAttentionOptions,
+    RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
 )
+from gsa.layers.rwkv6 import RWKV6
 from gsa.layers.short_convolution import ShortConvolution
 from gsa.layers.slot_attention import GatedSlotAttention
 from gsa.layers.softmax_attention import SoftmaxAttention
@@ -36,6 +38,7 @@ from gsa.model.loss import CHUNK_LOGITS, next_token_loss, next_token_loss_of_hid
 MIXERS: dict[type, type[Any]] = {
     SlotAttentionOptions: GatedSlotAttention,
     LinearAttentionOptions: LinearAttention,
+    RWKV6Options: RWKV6,
     SoftmaxAttentionOptions: SoftmaxAttention,
 }
 """The token mixer of each kind of options."""
@@ -54,10 +57,15 @@ class GSABlock(GradientCheckpointingLayer):
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 
     def forward(
-        self, x_BTD: Tensor, layout: TokenLayout, past_key_values: GSACache | None = None
+        self,
+        x_BTD: Tensor,
+        layout: TokenLayout,
+        past_key_values: GSACache | None = None,
+        log_bound: Tensor | None = None,
     ) -> Tensor:
         state = None if past_key_values is None else past_key_values.layers[self.layer].state
-        mixed = self.attn(self.attn_norm(x_BTD), layout, state)
+        bound = () if log_bound is None else (log_bound,)
+        mixed = self.attn(self.attn_norm(x_BTD), layout, state, *bound)
         if past_key_values is not None:
             past_key_values.advance(self.layer, mixed)
         x_BTD = x_BTD + mixed.output
@@ -95,6 +103,15 @@ class GSAPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, StaticGate):
             init.copy_(module.logits, module.initial_logits())
+        elif isinstance(module, LowerBounds):
+            init.zeros_(module.logits)
+        elif isinstance(module, HeadNorm):
+            for name, parameter in module.named_parameters():
+                init.constant_(parameter, float(name == "weight"))
+        elif isinstance(module, RWKV6):
+            init.normal_(module.shift_out, mean=0.0, std=std)
+            for name, value in module.initial().items():
+                init.copy_(module.get_parameter(name), value)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +171,8 @@ class GSAModel(GSAPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GSABlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        width = config.lower_bound_width
+        self.lower_bounds = None if width is None else LowerBounds(len(self.layers), width)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -201,8 +220,8 @@ class GSAModel(GSAPreTrainedModel):
             # Whatever stands at padding, nan included, must not reach a product with a zero write.
             x_BTD = x_BTD.masked_fill(layout.pads[..., None], 0.0)
         states = [x_BTD]
-        for block in self.layers:
-            x_BTD = block(x_BTD, layout, past_key_values=past_key_values)
+        for block, log_bound in zip(self.layers, self.log_bounds(), strict=True):
+            x_BTD = block(x_BTD, layout, past_key_values=past_key_values, log_bound=log_bound)
             states.append(x_BTD)
         states[-1] = x_BTD = self.norm(x_BTD)
         if past_key_values is not None:
@@ -214,6 +233,15 @@ class GSAModel(GSAPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def log_bounds(self) -> list[Tensor | None]:
+        """For each layer the log of what its forget gates stay above [G·K]; None for no bound."""
+        if self.lower_bounds is None:
+            return [None] * len(self.layers)
+        return [
+            bound if isinstance(block.attn, LinearAttention) else None
+            for block, bound in zip(self.layers, self.lower_bounds(), strict=True)
+        ]
 
 
 def token_layout(

@@ -100,7 +100,7 @@ def save_checkpoint(
     *,
     model: Any,
     optimizer: Optimizers,
-    tokenizer: Path,
+    tokenizer: Path | None,
     state: dict[str, Any],
     keep: int,
 ) -> Path:

@@ -23,9 +23,10 @@ def write_model(folder: Path, model: Any, tokenizer: Path) -> None:
     write_weights(folder, merged(saved_tensors(model)))
 
 
-def write_config(folder: Path, model: Any, tokenizer: Path) -> None:
-    """All of `write_model` but the weights."""
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+def write_config(folder: Path, model: Any, tokenizer: Path | None) -> None:
+    """All of `write_model` but the weights. tokenizer: None for tokens that are no text."""
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     # A sharded model is of a class made for it.
     kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     model.config.architectures = [kind.__name__]

@@ -6,36 +6,32 @@ In one process, or in several that torchrun starts: `distributed.Team` says what
 """
 
 import signal
-import time
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from gsa.data import Batch, MixedRows, PackedRows, TokenShards, open_rows
+from gsa.data import MixedRows, PackedRows, TokenShards, open_rows
 from gsa.model import GSAConfig
 from gsa.training import run_folder
 from gsa.training.checkpoint import Checkpoint
 from gsa.training.config import TrainConfig
-from gsa.training.distributed import Team, join, whole
+from gsa.training.distributed import Team, join
 from gsa.training.errors import RunError
-from gsa.training.gauge import Gauge
 from gsa.training.lock import RunLock
-from gsa.training.objective import Objective, next_token, num_targets, to_device
-from gsa.training.optimizer import build_optimizer
+from gsa.training.objective import Objective, next_token
 from gsa.training.progress import Display
 from gsa.training.records import Records
 from gsa.training.report import finish, token_unit
 from gsa.training.saver import Saver
-from gsa.training.schedule import learning_rate
-from gsa.training.setup import build_model, build_model_config, check_rows, pick_device
+from gsa.training.setup import build_model_config, check_rows, pick_device
 from gsa.training.signals import StopSignals
 from gsa.training.sinks import check_sinks
 from gsa.training.state import Progressed
+from gsa.training.stepper import Stepper
 from gsa.training.validation import held_out_batches, held_out_loss
 
 
@@ -110,8 +106,8 @@ def _train(
         return trainer.run(folder, start, display, stop, command)
 
 
-class Trainer:
-    """Model, optimizer, rows and counters of one run; of several processes, one's share of them."""
+class Trainer(Stepper):
+    """A run on shards: its steps, validations and checkpoints."""
 
     def __init__(
         self,
@@ -123,17 +119,9 @@ class Trainer:
         objective: Objective,
         team: Team,
     ) -> None:
-        self.config = config
-        self.rows = rows
+        super().__init__(config, model_config, rows, device, objective, team)
+        self.shards = rows.shards
         self.validation = validation
-        self.device = device
-        self.objective = objective
-        self.team = team
-        self.model = build_model(config, model_config, device, team)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.model, config)
-        self.gauge = Gauge(config, model_config, device, team.world)
-        self.at = Progressed()
 
     def run(
         self,
@@ -152,7 +140,7 @@ class Trainer:
         records = Records(folder, self.config, self.team,
                           step=self.at.step, validated=self.at.validated_step)  # fmt: skip
         saver = Saver(folder / run_folder.CHECKPOINTS, self.team,
-                      tokenizer=self.rows.shards.tokenizer_folder,
+                      tokenizer=self.shards.tokenizer_folder,
                       keep=self.config.keep_checkpoints)  # fmt: skip
         saved = -1 if start is None else self.at.step
         try:
@@ -181,7 +169,7 @@ class Trainer:
             display.say(f"{name}: {done}; the same command goes on from there")
             return TrainResult(folder=folder, status="stopped", step=self.at.step, signal=received)
         finish_run = partial(
-            finish, folder, config=self.config, model=self.model, train=self.rows.shards,
+            finish, folder, config=self.config, model=self.model, train=self.shards,
             validation=self.validation, state=asdict(self.at), command=command,
         )  # fmt: skip
         self.team.ask_first(finish_run)
@@ -189,65 +177,6 @@ class Trainer:
         return TrainResult(
             folder=folder, status="finished", step=self.at.step, val_loss=self.at.val_loss
         )
-
-    def batches(self) -> list[Batch]:
-        """This process's share of the batches of the next step."""
-        rows, team = self.config.rows, self.team
-        firsts = (self.at.position + i * rows for i in range(self.config.accumulation))
-        return [self.rows.share(first, rows, team.rank, team.world) for first in firsts]
-
-    def step(self) -> dict[str, Any]:
-        """One optimizer step, or one skipped because loss or gradient is not finite or a spike.
-
-        The loss is the mean over all predicted tokens of the step, so cutting a step into more
-        passes, or among processes, changes nothing but rounding. Returns the line for
-        metrics.jsonl.
-        """
-        config, at, team = self.config, self.at, self.team
-        started = time.perf_counter()
-        self.gauge.begin()
-        batches = self.batches()
-        data_wait = time.perf_counter() - started
-        targets = max(team.total(sum(num_targets(batch) for batch in batches)), 1)
-        loss, norm = self._backward(batches, targets)
-        lr = learning_rate(config, at.step + 1)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        skip = not finite or at.is_spike(norm.item(), config.spike)
-        if not skip:
-            self.optimizer.step(lr)
-        self.optimizer.zero_grad()
-        tokens = team.world * sum(batch.input_ids.numel() for batch in batches)
-        rows = config.rows * config.accumulation
-        at.note_step(rows=rows, tokens=tokens, norm=None if skip else norm.item())
-        seconds = time.perf_counter() - started
-        at.seconds += seconds
-        return {
-            "step": at.step,
-            "loss": loss.item(),
-            "ppl": loss.exp().item(),
-            "lr": lr,
-            "grad_norm": norm.item(),
-            "tokens": at.tokens,
-            "skipped": at.skipped,
-            "data_wait": data_wait,
-            **self.gauge.readings(step=at.step, tokens=tokens, seconds=seconds, total=at.seconds),
-        }
-
-    def _backward(self, batches: list[Batch], targets: int) -> tuple[Tensor, Tensor]:
-        """(loss, norm of the gradient) of the whole step, which all processes agree on."""
-        loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches, 1):
-            self.team.reduce_over_hosts(self.model, i == len(batches))
-            with self._precision():
-                part = self.objective(self.model, to_device(batch, self.device)) / targets
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
-        return self.team.sum(loss), self.team.as_first(whole(norm))
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        enabled = self.config.dtype == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def _check_skipped(self, folder: Path) -> None:
         if self.at.skipped_in_a_row > self.config.nan_limit:
@@ -275,7 +204,7 @@ class Trainer:
             self.model,
             held_out_batches(self.validation, self.config, whole=whole),
             self.objective,
-            precision=self._precision,
+            precision=self.precision,
             stopping=lambda: bool(stop.received),
             team=self.team,
         )
@@ -302,5 +231,5 @@ class Trainer:
             "progress": asdict(self.at),
             "world": self.team.world,
             "config": self.config.to_dict(),
-            "fingerprints": run_folder.fingerprints(self.rows.shards, self.validation),
+            "fingerprints": run_folder.fingerprints(self.shards, self.validation),
         }

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import logging
 
 import gsa
 from gsa.data import MixedShards, TokenShards
 from gsa.data.byte_tokenizer import EOS_ID, VOCAB_SIZE
 from gsa.model import GSAForCausalLM
+from gsa.model.loading import without_bars
 from gsa.training.config import TrainConfig
 from gsa.training.curves import short_number, smoothed, smoothing
 from gsa.training.distributed import is_sharded
@@ -84,20 +84,15 @@ def sample(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
     """
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     trained = model.config.max_position_embeddings
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            out = model.generate(
-                ids.to(model.device),
-                max_new_tokens=max(1, min(_SAMPLE_TOKENS, trained - ids.shape[1])),
-                do_sample=True,
-                temperature=0.8,
-                top_k=0,
-            )
-    finally:
-        model.train(was_training)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            ids.to(model.device),
+            max_new_tokens=max(1, min(_SAMPLE_TOKENS, trained - ids.shape[1])),
+            do_sample=True,
+            temperature=0.8,
+            top_k=0,
+        )
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
@@ -164,10 +159,9 @@ def finish(
     A sharded model is taken from the last checkpoint. RunError if there is no room; the checkpoints
     are untouched.
     """
-    sharded = is_sharded(model)
     last = folder / CHECKPOINTS / f"step-{state['step']:08d}"
     try:
-        if sharded:
+        if is_sharded(model):
             export_into(folder, lambda beside: write_from_checkpoint(beside, last))
         else:
             export_into(folder, lambda beside: write_model(beside, model, train.tokenizer_folder))
@@ -179,7 +173,8 @@ def finish(
         ) from error
     continuation = ""
     if config.prompt:
-        speaker = _load(folder, next(model.parameters()).device) if sharded else model
+        # What was saved speaks: the model at hand may be sharded, compiled, right in autocast only.
+        speaker = _load(folder, next(model.parameters()).device)
         continuation = sample(speaker, train.load_tokenizer(), config.prompt, config.seed)
     text = report_text(
         config,
@@ -194,13 +189,8 @@ def finish(
 
 
 def _load(folder: Path, device: torch.device) -> Any:
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_bars():
         return GSAForCausalLM.from_pretrained(folder).to(device)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _epochs(train: TokenShards | MixedShards, tokens: int) -> str:

@@ -41,7 +41,7 @@ SHARD = "shard-"
 class Saver:
     """Checkpoints in a folder, the newest `keep` of them; one save at a time."""
 
-    def __init__(self, checkpoints: Path, team: Team, *, tokenizer: Path, keep: int) -> None:
+    def __init__(self, checkpoints: Path, team: Team, *, tokenizer: Path | None, keep: int) -> None:
         self._checkpoints = checkpoints
         self._team = team
         self._tokenizer = tokenizer

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from gsa.data import MixedShards, TokenShards
 from gsa.model import GSAConfig, GSAForCausalLM
+from gsa.model.loading import without_bars
 from gsa.training.adapters import adapt
 from gsa.training.blocks import prepare_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
@@ -89,7 +90,8 @@ def build_model(
     torch.manual_seed(config.seed)
     model: Any
     if config.init:
-        model = GSAForCausalLM.from_pretrained(config.init, config=model_config)
+        with without_bars():
+            model = GSAForCausalLM.from_pretrained(config.init, config=model_config)
     else:
         model = GSAForCausalLM(model_config)
     model.to(torch.float32 if config.master_weights else torch.bfloat16)

@@ -194,7 +194,7 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
         (["data", "cook"], "gsa data: expected 'prepare' or 'corpus', got 'cook'"),
         (
             ["bench"],
-            "'tune' or 'cost' or 'training' or 'decode', got nothing",
+            "'tune' or 'cost' or 'training' or 'decode' or 'distill', got nothing",
         ),
         (["bench", "plot", "/no/result.json"], "/no/result.json"),
         (["bench", "plot", "pyproject.toml"], "pyproject.toml: expected JSON"),

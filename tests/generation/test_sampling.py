@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gsa.generation import Sampling
-from gsa.generation.sampling import Choices, Needs, cut, gumbel, sample
+from gsa.generation.sampling import Choices, Needs, cut, gumbel, sample, word_keys
 
 
 def choices(samplings, words):
@@ -19,7 +19,8 @@ def shares(probs, rows=4000, **options):
     sampling = Sampling(**options)
     made = choices([sampling], len(probs))
     for name, tensor in vars(made).items():
-        setattr(made, name, tensor.expand(rows, *tensor.shape[1:]))
+        if len(tensor) == 1:  # a row's
+            setattr(made, name, tensor.expand(rows, *tensor.shape[1:]))
     made.seed = torch.arange(rows)
     logits = torch.tensor(probs).log().expand(rows, -1)
     drawn = sample(logits, made, torch.zeros(rows, dtype=torch.int64), sampling.needs)
@@ -59,13 +60,14 @@ def test_cuts_are_those_of_transformers():
 
 def test_noise_is_gumbel_s_and_a_function_of_seed_position_and_word():
     seeds = torch.arange(2000)
-    noise = gumbel(seeds, torch.full((2000,), 7), 500).double()
+    words = word_keys(500, torch.device("cpu"))
+    noise = gumbel(seeds, torch.full((2000,), 7), words).double()
     assert noise.isfinite().all()
     assert float(noise.mean()) == pytest.approx(0.57722, abs=0.006)
     assert float(noise.std()) == pytest.approx(1.28255, abs=0.006)
     # The same, wherever its row stands; another for every other seed, position and word.
-    assert torch.equal(gumbel(seeds[[5, 3]], torch.tensor([7, 7]), 500), noise[[5, 3]].float())
-    others = torch.cat([noise[:20].float(), gumbel(seeds[:20], torch.full((20,), 8), 500)])
+    assert torch.equal(gumbel(seeds[[5, 3]], torch.tensor([7, 7]), words), noise[[5, 3]].float())
+    others = torch.cat([noise[:20].float(), gumbel(seeds[:20], torch.full((20,), 8), words)])
     close = torch.corrcoef(others) - torch.eye(40)
     assert float(close.abs().max()) < 0.2
     assert float(torch.corrcoef(noise[:, :40].T).sub(torch.eye(40)).abs().max()) < 0.1

@@ -19,6 +19,7 @@ USUAL = {
     "relu_slots": {"slot_activation": "relu"},
 }
 UNUSUAL = {
+    "no MLP": {"intermediate_size": 0},
     "rope": {"rope_theta": 10000.0},
     "abc": {"gate": "abc"},
     "static": {"gate": "data_independent"},

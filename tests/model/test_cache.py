@@ -44,7 +44,9 @@ def test_size_does_not_depend_on_length(model, token_ids):
     assert (len(set(sizes)) > 1) == has_full_attention
     options = model.config.mixer_options(0)
     if model.config.mixer != "gsa" and model.config.attn is None:
-        assert sizes[0] == 2 * 2 * 8 * options.kv_heads * options.key_width * options.value_width
+        numbers = options.kv_heads * options.key_width * options.value_width
+        numbers += options.hidden_size if model.config.mixer == "rwkv6" else 0
+        assert sizes[0] == 2 * 2 * 8 * numbers
     elif model.config.gate == "data_dependent" and model.config.attn is None:
         numbers = options.slots * (options.key_width + options.value_width) * options.kv_heads
         tails = 3 * (options.num_heads + 2 * options.kv_heads) * options.key_width

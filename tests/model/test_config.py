@@ -38,6 +38,7 @@ CHANGES_THE_WEIGHTS = {
     "num_slots": (6, {}),
     "mixer": ("gla", {"num_slots": 64}),
     "gate_low_rank": (3, GLA),
+    "shift_low_rank": (3, GLA | {"mixer": "rwkv6"}),
     "head_dim": (6, {}),
     "expand_k": (2, {}),
     "expand_v": (2, {}),
@@ -163,12 +164,14 @@ def test_mlp_width_follows_the_published_rule():
     assert GSAConfig(hidden_size=4096, intermediate_size=14336).mlp_width == 14336
 
 
-@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet"])
+@pytest.mark.parametrize("mixer", ["gsa", "gla", "retnet", "hgrn2", "rwkv6"])
 def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
     config = GSAConfig(**(BASE | {"mixer": mixer, "num_slots": 64}))
     config.save_pretrained(tmp_path)
     saved = set(json.loads((tmp_path / "config.json").read_text()))
-    assert ("num_slots" in saved, "gate_low_rank" in saved) == (mixer == "gsa", mixer == "gla")
+    assert ("num_slots" in saved) == (mixer == "gsa")
+    assert ("gate_low_rank" in saved) == (mixer in ("gla", "rwkv6"))
+    assert ("shift_low_rank" in saved) == (mixer == "rwkv6")
     assert GSAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
@@ -177,11 +180,13 @@ def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
     [
         ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size = 16"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
-        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, got 'mamba'"),
+        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, hgrn2, rwkv6"),
         ({"mixer": "gla"}, "num_slots: expected 64 with mixer 'gla', which has no use for it"),
         (GLA | {"use_short_conv": True}, "use_short_conv: expected False with mixer 'gla'"),
         (GLA | {"gate_low_rank": 0}, "gate_low_rank: expected a whole number >= 1"),
         (GLA | {"mixer": "retnet", "gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer"),
+        (GLA | {"mixer": "hgrn2", "qk_norm": True}, "qk_norm: expected False with mixer 'hgrn2'"),
+        (GLA | {"mixer": "rwkv6", "num_kv_heads": 2}, "num_kv_heads: expected None with mixer"),
         ({"gate_low_rank": 8}, "gate_low_rank: expected 16 with mixer 'gsa'"),
         ({"num_slots": 0}, "num_slots: expected a whole number >= 1, got 0"),
         ({"hidden_size": 16.0}, "hidden_size: expected a whole number"),

@@ -28,6 +28,7 @@ MORE = {
     "t2r": {"feature_map": "t2r"},
     "bare_norm": {"elementwise_affine": False},
     "wide_values": {"expand_v": 2},
+    "bounds in some layers": {"mixer": "hgrn2", "attn": {"layers": [1], "num_heads": 2}},
 }
 
 

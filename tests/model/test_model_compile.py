@@ -13,8 +13,13 @@ import torch
         {"window_branch": 5, "window_rope_theta": 10.0, "gate_bias": True, "num_kv_heads": 2},
         {"mixer": "gla", "output_gate": True, "num_kv_heads": 2},
         {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10.0},
+        {"mixer": "hgrn2", "num_hidden_layers": 3, "attn": {"layers": [1], "num_heads": 2}},
+        {"mixer": "rwkv6", "gate_low_rank": 3, "shift_low_rank": 2},
     ],
-    ids=["paper", "abc and convolution", "hybrid", "window branch", "gla", "retnet"],
+    ids=[
+        *("paper", "abc and convolution", "hybrid", "window branch"),
+        *("gla", "retnet", "hgrn2", "rwkv6"),
+    ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):

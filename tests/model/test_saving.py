@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gsa.model import GSAConfig, GSAForCausalLM, GSAModel
+from gsa.model.modeling import token_layout
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -26,6 +27,22 @@ def test_save_and_load_is_bit_exact(model, token_ids, tmp_path):
         assert torch.equal(weight, again.state_dict()[name]), name
     assert_same_logits(model, again, token_ids(2, 9))
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_blocks_without_mlp(tiny, token_ids, tmp_path):
+    """intermediate_size 0: the mixers are all there is, saved, loaded and generating."""
+    model, ids = tiny(intermediate_size=0), token_ids(2, 9)
+    with torch.no_grad():
+        x = model.model.embeddings(ids)
+        layout = token_layout(x, None, None, None, None)
+        for block in model.model.layers:
+            x = x + block.attn(block.attn_norm(x), layout, None).output
+        assert torch.equal(model.lm_head(model.model.norm(x)), model(ids).logits)
+    model.save_pretrained(tmp_path)
+    again = GSAForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert_same_logits(model, again, ids)
+    cached = again.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(cached, again.generate(ids, max_new_tokens=5, use_cache=False))
 
 
 def test_save_and_load_in_shards(tiny, token_ids, tmp_path):

@@ -76,6 +76,8 @@ def test_200_steps_give_the_same_curve_within_noise():
         {"num_slots": 32, "output_gate": True, "num_kv_heads": 1},
         {"mixer": "gla", "output_gate": True, "num_kv_heads": 1},
         {"mixer": "retnet", "expand_v": 2, "rope_theta": 1e4},
+        {"mixer": "hgrn2"},
+        {"mixer": "rwkv6"},
     ],
 )
 def test_compiled_blocks_have_the_gradients_of_blocks(lean, options):

@@ -99,7 +99,7 @@ def test_packed_documents_do_not_see_each_other(make_config):
 
 def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(make_config, tmp_path):
     full = make_config(steps=30, out=str(tmp_path / "fp32"), checkpoint_interval=0)
-    half = replace(full, dtype="bf16", out=str(tmp_path / "bf16"))
+    half = replace(full, dtype="bf16", out=str(tmp_path / "bf16"), prompt="the slot")
     train(full)
     train(half)
     a, b = of_kind(full, "loss"), of_kind(half, "loss")
@@ -107,6 +107,7 @@ def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(make_config, tmp_path)
     assert [row[2] for row in b] == pytest.approx([row[2] for row in a], abs=0.05)
     weights = load_file(Path(half.out) / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert "    the slot" in (Path(half.out) / "report.md").read_text()
 
 
 def test_the_run_folder_is_a_model_folder(make_config):

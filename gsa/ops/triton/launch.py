@@ -216,14 +216,17 @@ def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: S
     raw, own = contract(plan, gate, keys) if plan.K else (plan.q.contiguous(), None)
     slices = raw.shape[0] if plan.K else 1
     weights = plan.new(plan.tokens, plan.H, plan.M, dtype=recipe.operand_dtype)
-    kept_raw = plan.new(plan.tokens, plan.H, plan.M) if keep and plan.K else None
-    kept_own = plan.new(plan.tokens, plan.H) if keep and plan.K else None
+    kept_raw, kept_own = None, None
+    if keep and slices > 1:
+        kept_raw, kept_own = plan.new(plan.tokens, plan.H, plan.M), plan.new(plan.tokens, plan.H)
     plan.launch(
         ("activate", slot_activation), activation.activate_kernel, plan.chunks * plan.G,
         (raw, own, plan.log_forget, plan.write, gate.steep, weights, kept_raw, kept_own,
          plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
         lambda: activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
+    if keep and slices == 1 and own is not None:  # one slice is its own sum
+        kept_raw, kept_own = raw[0], own[0]
     del raw, own
     output = expand(plan, gate, weights, values)
     if not keep:

@@ -1,0 +1,139 @@
+"""An experiment is a list of arms, each in a folder of its own, and one report about all of them.
+
+    out/
+        experiment.json     what was asked; another experiment is refused the folder
+        <arm>/result.json   what came out of an arm; an arm that has it is done
+        results.json        all of that in one file
+        report.md           for people
+
+Whatever interrupts it, the same command goes on: arms that are done are skipped, and an arm under
+way goes on from its own checkpoint. Several commands may share the folder, with different arms.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gsa.benchmark.environment import environment
+from gsa.training import RunError
+from gsa.training.distributed import Team
+from gsa.training.files import write_json
+
+EXPERIMENT, RESULT, RESULTS = "experiment.json", "result.json", "results.json"
+Result = dict[str, Any]
+"""What came out of an arm: plain numbers, beside its command and environment."""
+
+
+class StoppedError(Exception):
+    """An arm was stopped by a signal, with what it needs to go on saved."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """name: for people. run: trains or goes on, and returns the numbers; StoppedError."""
+
+    name: str
+    folder: Path
+    run: Callable[[], Result]
+
+
+def begin(out: Path, asked: dict[str, Any]) -> None:
+    """Writes what is asked of a new folder. RunError if it holds anything else."""
+    path, now = out / EXPERIMENT, json.loads(json.dumps(asked))
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"out: {out} holds something that is no experiment; choose another out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+        return
+    before = _read(path)
+    differing = [
+        f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+    ]
+    if differing:
+        raise RunError(
+            f"out: {out} is of an experiment with other settings ({'; '.join(differing)}); ask for "
+            "the same, or choose another out"
+        )
+
+
+def run_arms(
+    arms: Sequence[Arm],
+    *,
+    report: Callable[[], None],
+    command: str,
+    team: Team,
+    say: Callable[[str], None],
+) -> int:
+    """Runs the arms that are not done, in order; reports after each. Returns the signal, if any.
+
+    RunError at the end if arms failed; the others were run nevertheless.
+    """
+    failed = []
+    for number, arm in enumerate(arms, 1):
+        if team.ask_first(lambda arm=arm: read_result(arm.folder)) is not None:
+            continue
+        say(f"{number} of {len(arms)}: {arm.name}")
+        torch.compiler.reset()  # dynamo allows few versions of a block: each arm starts anew
+        try:
+            found = {"arm": arm.name, "command": command, "environment": environment()} | arm.run()
+        except StoppedError as stopped:
+            team.ask_first(report)
+            return stopped.signal
+        except RunError as error:
+            say(f"{arm.name} failed: {error}")
+            failed.append(arm.name)
+            continue
+        team.ask_first(lambda arm=arm, found=found: write_json(arm.folder / RESULT, found))
+        team.ask_first(report)
+    team.ask_first(report)
+    if failed:
+        raise RunError(
+            f"failed: {', '.join(failed)}; why is said above; the same command tries again"
+        )
+    return 0
+
+
+def read_result(folder: Path) -> Result | None:
+    """None if the arm is not done."""
+    return _read(folder / RESULT) if (folder / RESULT).is_file() else None
+
+
+def collect(out: Path, folders: Mapping[str, Path]) -> dict[str, Result]:
+    """Results by the key of each arm that is done; writes them into results.json."""
+    every = {key: read_result(folder) for key, folder in folders.items()}
+    done = {key: found for key, found in every.items() if found is not None}
+    missing = [key for key in every if key not in done]
+    asked = _read(out / EXPERIMENT)
+    write_json(out / RESULTS, {"asked": asked, "missing": missing, "arms": done})
+    return done
+
+
+def made_on(results: Mapping[str, Result]) -> list[str]:
+    """Markdown lines: the devices and versions that results were made with."""
+    keys = ("device", "torch", "triton", "gsa", "commit")
+    every = [", ".join(f"{key} {r['environment'][key]}" for key in keys) for r in results.values()]
+    return [f"- {line}" for line in dict.fromkeys(every)]
+
+
+def paper_rows(name: str) -> tuple[str, dict[str, Any]]:
+    """(where they stand, the rows) of a table or figure in paper.json."""
+    every = _read(Path(__file__).parent / "paper.json")
+    return every[name]["source"], every[name]["rows"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error})") from None

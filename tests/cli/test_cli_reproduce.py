@@ -1,0 +1,34 @@
+"""gsa reproduce as a user types it."""
+
+import pytest
+
+from gsa.cli import main
+
+
+def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for experiment, words in (
+        ("table2", "no gate of its own (ABC)"),
+        ("rivals", "transformer++"),
+        ("figure3a", "retnet, d = 512"),
+    ):
+        assert main(["reproduce", experiment, "--size", "paper", "--plan"]) == 0
+        output = capsys.readouterr().out
+        assert words in output and "GPU-hours" in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected 'table2' or 'rivals' or 'figure3a', got nothing"),
+        (["table9"], "got 'table9'"),
+        (["table2"], "data: expected a shard folder"),
+        (["rivals", "--data", "/no", "--validation", "/no", "--device", "cpu"], "no such folder"),
+        (["figure3a", "--arms", "mamba"], "arms: expected some of gsa"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, capsys):
+    assert main(["reproduce", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("error: ") and said.count("\n") == 1
