@@ -10,6 +10,9 @@ gsa generate MODEL --prompt TEXT          continue a text
 gsa chat MODEL                            talk to a model
 gsa serve MODEL [options]                 answer over HTTP, as OpenAI's API does
 gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from with --state
+gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by position
+gsa eval tasks MODEL --suite NAME         the paper's tasks, beside its figures
+gsa eval speed MODEL                      multiple choice beside lm-eval's own model
 gsa bench ops [options]                   time the operator on this machine
 gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
@@ -205,6 +208,33 @@ def prefill(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate(arguments: list[str]) -> int:
+    """how good a model is: gsa eval perplexity | tasks | speed"""
+    chosen, rest = _subcommand("eval", ("perplexity", "tasks", "speed"), arguments)
+    from gsa.evaluation import PerplexityConfig, SpeedConfig, TasksConfig
+
+    if chosen == "tasks":
+        from gsa.evaluation.tasks import run_tasks
+
+        config = _config("gsa eval tasks", run_tasks, TasksConfig, rest, ("model",))
+        _text_alone()
+        run_tasks(config)
+        return 0
+    if chosen == "speed":
+        from gsa.evaluation.speed import speed
+
+        config = _config("gsa eval speed", speed, SpeedConfig, rest, ("model",))
+        _text_alone()
+        speed(config)
+        return 0
+    from gsa.evaluation.perplexity import perplexity
+
+    config = _config("gsa eval perplexity", perplexity, PerplexityConfig, rest, ("model",))
+    _text_alone()
+    perplexity(config)
+    return 0
+
+
 def _text_alone() -> None:
     """Text alone is wanted, not how the weights were read."""
     from transformers.utils import logging
@@ -353,6 +383,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chat": chat,
     "serve": serve,
     "prefill": prefill,
+    "eval": evaluate,
     "bench": bench,
     "reproduce": reproduce,
     "info": info,
