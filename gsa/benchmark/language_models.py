@@ -79,6 +79,7 @@ def packed_loss(model: Any, tokens_BT: Tensor) -> Tensor:
         input_ids=tokens_BT.view(1, -1),
         labels=labels.view(1, -1),
         cu_seqlens=bounds,
+        max_seqlen=T,
         loss_only=True,
     ).loss
 

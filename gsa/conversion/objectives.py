@@ -109,9 +109,8 @@ class Align:
         if not hasattr(model, "gap"):
             self._prepare(model)
         counts = (next_tokens(batch.labels) != IGNORE)[0]
-        layout = TokenLayout.of_packed(
-            batch.input_ids.shape[1], batch.input_ids.device, batch.cu_seqlens
-        )
+        ids = batch.input_ids
+        layout = TokenLayout.of_packed(ids.shape[1], ids.device, batch.cu_seqlens, batch.max_seqlen)
         return model.gap(self.teacher.attention(batch), layout, counts)
 
     def _prepare(self, model: Any) -> None:
@@ -157,6 +156,7 @@ class Kl:
         output = model(
             input_ids=batch.input_ids,
             cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
             output_hidden_states=True,
             logits_to_keep=1,
         )

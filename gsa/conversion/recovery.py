@@ -168,7 +168,9 @@ def _read(student: Any, teacher: FrozenTeacher, batch: Any) -> Tensor:
     targets = next_tokens(batch.labels)[0]
     counts = targets != IGNORE
     with _precision(teacher):
-        own = student(input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens).logits[0]
+        own = student(
+            input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
+        ).logits[0]
         theirs = teacher.hidden(batch) @ teacher.head_WD.T
     return _measures(own[counts], theirs[counts], targets[counts])
 

@@ -24,12 +24,14 @@ class Batch(NamedTuple):
 
     input_ids [1, T] int64; labels [1, T] int64, equal to input_ids but −100 at the first token of
     each segment (the model shifts, so no token is predicted across a boundary); cu_seqlens [S+1]
-    int32, the boundaries of the S segments: every row start and every document start, none empty.
+    int32, the boundaries of the S segments: every row start and every document start, none empty;
+    max_seqlen, tokens that no segment exceeds: those of a row. None if that is not known.
     """
 
     input_ids: Tensor
     labels: Tensor
     cu_seqlens: Tensor
+    max_seqlen: int | None = None
 
 
 class Span(NamedTuple):
@@ -156,7 +158,7 @@ def _pack(spans: list[Span]) -> Batch:
     labels = input_ids.clone()
     labels[0, boundaries] = IGNORE
     cu_seqlens = torch.tensor([*boundaries, total], dtype=torch.int32)
-    return Batch(input_ids, labels, cu_seqlens)
+    return Batch(input_ids, labels, cu_seqlens, max(span.end - span.start for span in spans))
 
 
 def _check_fits_int32(tokens: int) -> None:

@@ -112,7 +112,7 @@ class MQARRows(Rows):
         np.put_along_axis(labels, self._places[chosen] + 1, self._values[chosen], axis=1)
         inputs = torch.from_numpy(self._inputs[chosen].astype(np.int64))
         boundaries = torch.arange(0, rows * T + 1, T, dtype=torch.int32)
-        return Batch(inputs.view(1, -1), torch.from_numpy(labels).view(1, -1), boundaries)
+        return Batch(inputs.view(1, -1), torch.from_numpy(labels).view(1, -1), boundaries, T)
 
 
 def answers_of(task: Task, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -24,15 +24,16 @@ def attend(
 ) -> tuple[Tensor, State, State]:
     """softmax(q kᵀ / sqrt(K)) v over earlier tokens: (output [B, T, H, V], state after, step).
 
-    Rows of more than two windows, without padding, are attended to block by block: in time and
-    memory linear in T.
+    Rows of more than two windows, or of more than two of the longest sequence that may be packed in
+    them, are attended to block by block unless they have padding: in time and memory linear in T.
     """
     B, T, H, _ = q_BTHK.shape
     step = {"keys": k_BTGK, "values": v_BTGV, "positions": layout.positions.expand(B, -1)}
     seen = append(state, step)
     whole_rows = state is None and layout.pads is None and layout.documents is None
-    if window is not None and state is None and layout.consecutive and 2 * window < T:
-        output = _attend_in_blocks(q_BTHK, k_BTGK, v_BTGV, layout, window)
+    reach = min(n for n in (window, layout.longest, T) if n is not None)
+    if state is None and layout.consecutive and 2 * reach < T:
+        output = _attend_in_blocks(q_BTHK, k_BTGK, v_BTGV, layout, reach)
         return output, trim(seen, window), step
     plain = whole_rows and (window is None or window >= T)
     output_BHTV = F.scaled_dot_product_attention(

@@ -19,6 +19,7 @@ class TokenLayout:
     cu_seqlens: [S+1], for sequences packed in one row; None otherwise.
     documents: int64 [T], the index of each packed token's sequence; None unless packed.
     consecutive: whether positions are known to count columns, one by one within each sequence.
+    longest: tokens that no packed sequence exceeds; None if that is not known.
     """
 
     positions: Tensor
@@ -26,6 +27,7 @@ class TokenLayout:
     cu_seqlens: Tensor | None = None
     documents: Tensor | None = None
     consecutive: bool = False
+    longest: int | None = None
 
     @staticmethod
     def of_rows(
@@ -47,17 +49,30 @@ class TokenLayout:
         return TokenLayout(positions.masked_fill(pads, -1), pads)
 
     @staticmethod
-    def of_packed(tokens: int, device: torch.device, cu_seqlens: Tensor) -> "TokenLayout":
+    def of_packed(
+        tokens: int, device: torch.device, cu_seqlens: Tensor, longest: int | None = None
+    ) -> "TokenLayout":
         """Layout of one row in which the sequences delimited by `cu_seqlens` follow each other.
 
-        Boundaries that come from the CPU are checked here and moved once, not in every layer.
+        Boundaries that come from the CPU are checked here and moved once, not in every layer;
+        `longest`, too, is checked there. On another device it is trusted.
         """
-        if cu_seqlens.device != device and not torch.compiler.is_compiling():
-            check_cu_seqlens(cu_seqlens, tokens)
+        if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
+            if device.type != "cpu":
+                check_cu_seqlens(cu_seqlens, tokens)
+            if longest is not None and int(cu_seqlens.diff().max()) > longest:
+                raise ValueError(
+                    f"max_seqlen: expected no shorter than the longest sequence of cu_seqlens, "
+                    f"{int(cu_seqlens.diff().max())}, got {longest}"
+                )
         bounds = cu_seqlens.to(device, non_blocking=True)
         documents = sequence_of_token(bounds, tokens)
         start = bounds.long().index_select(0, documents)
         positions = torch.arange(tokens, device=device) - start
         return TokenLayout(
-            positions[None], cu_seqlens=bounds, documents=documents, consecutive=True
+            positions[None],
+            cu_seqlens=bounds,
+            documents=documents,
+            consecutive=True,
+            longest=longest,
         )

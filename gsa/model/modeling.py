@@ -186,6 +186,7 @@ class GSAModel(GSAPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states of tokens [B, T], or of their embeddings [B, T, D].
 
@@ -197,6 +198,8 @@ class GSAModel(GSAPreTrainedModel):
             output_hidden_states: also returns the embeddings and every block's output.
             cu_seqlens: [S+1], boundaries of documents packed in one row (B = 1); memory, positions
                 and attention start anew at each. Excludes a cache and a mask.
+            max_seqlen: tokens that no document of cu_seqlens exceeds; softmax attention then takes
+                time linear in T. Checked where cu_seqlens is on the CPU.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -215,7 +218,11 @@ class GSAModel(GSAPreTrainedModel):
                 )
         elif use_cache and not checkpointing:
             past_key_values = GSACache(self.config)
-        layout = token_layout(x_BTD, attention_mask, position_ids, past_key_values, cu_seqlens)
+        if max_seqlen is not None and cu_seqlens is None:
+            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
+        layout = token_layout(
+            x_BTD, attention_mask, position_ids, past_key_values, cu_seqlens, max_seqlen
+        )
         if layout.pads is not None:
             # Whatever stands at padding, nan included, must not reach a product with a zero write.
             x_BTD = x_BTD.masked_fill(layout.pads[..., None], 0.0)
@@ -250,6 +257,7 @@ def token_layout(
     position_ids: Tensor | None,
     cache: GSACache | None,
     cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> TokenLayout:
     """Padding, positions and documents of a batch, made once for all layers."""
     B, T, _ = x_BTD.shape
@@ -262,7 +270,7 @@ def token_layout(
                 "cu_seqlens: expected one row (B = 1) without attention_mask, position_ids and "
                 f"cache (use_cache=False), got B = {B} and {', '.join(given) or 'none of them'}"
             )
-        return TokenLayout.of_packed(T, x_BTD.device, cu_seqlens)
+        return TokenLayout.of_packed(T, x_BTD.device, cu_seqlens, max_seqlen)
     if attention_mask is not None and tuple(attention_mask.shape) != (B, past + T):
         raise ValueError(
             f"attention_mask: expected shape [B, past+T] = [{B}, {past + T}], got "
@@ -310,6 +318,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
         num_items_in_batch: int | Tensor | None = None,
         loss_only: bool = False,
     ) -> CausalLMOutputWithPast | tuple:
@@ -341,6 +350,7 @@ class GSAForCausalLM(GSAPreTrainedModel, GSAGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
         hidden = outputs.last_hidden_state
         many = hidden.shape[:2].numel() * self.vocab_size > CHUNK_LOGITS

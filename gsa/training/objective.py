@@ -27,6 +27,7 @@ def next_token(model: Any, batch: Batch) -> Tensor:
         input_ids=batch.input_ids,
         labels=batch.labels,
         cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
         num_items_in_batch=1,
         loss_only=True,
     )

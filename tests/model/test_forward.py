@@ -119,6 +119,19 @@ def test_packed_documents_do_not_see_each_other(model, token_ids):
     assert set(touched.nonzero().flatten().tolist()) <= set(ids[0, 6:8].tolist())
 
 
+def test_a_bound_on_documents_changes_nothing_but_the_time(model, token_ids):
+    ids = token_ids(1, 14)
+    bounds = torch.tensor([0, 1, 4, 4, 7, 11, 14], dtype=torch.int32)
+    plain = model(ids, cu_seqlens=bounds).logits
+    for longest in (4, 6, 14):
+        bounded = model(ids, cu_seqlens=bounds, max_seqlen=longest).logits
+        assert (bounded - plain).abs().max() < TINY
+    with pytest.raises(ValueError, match=r"max_seqlen: expected no shorter than.*4, got 3"):
+        model(ids, cu_seqlens=bounds, max_seqlen=3)
+    with pytest.raises(ValueError, match="max_seqlen: expected None without cu_seqlens"):
+        model(ids, max_seqlen=3)
+
+
 def test_packing_excludes_masks_caches_and_batches(tiny, token_ids):
     model, ids = tiny(), token_ids(2, 6)
     bounds = torch.tensor([0, 2, 6])
