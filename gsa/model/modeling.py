@@ -257,7 +257,7 @@ def token_layout(
     position_ids: Tensor | None,
     cache: GSACache | None,
     cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    max_seqlen: int | None = None,
 ) -> TokenLayout:
     """Padding, positions and documents of a batch, made once for all layers."""
     B, T, _ = x_BTD.shape

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -187,9 +188,12 @@ def test_interruption_leaves_nothing_that_looks_complete(text, tmp_path, number)
     pipe = text / "pipe.txt"
     os.mkfifo(pipe)  # a text that never ends: the process waits in the middle of reading
     held = os.open(pipe, os.O_RDWR)
-    child = subprocess.Popen(script(text, out), cwd=ROOT, stderr=subprocess.DEVNULL)
-    partial = tmp_path / f".out.partial-{child.pid}"
-    while child.poll() is None and not (partial / "documents.bin").exists():
+    # Tests that run in the background of a shell ignore SIGINT, and so would their children.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command, quiet = script(text, out), subprocess.DEVNULL
+    child = subprocess.Popen(command, cwd=ROOT, stderr=quiet, preexec_fn=heeding)
+    folder = tmp_path / f".out.partial-{child.pid}"
+    while child.poll() is None and not (folder / "documents.bin").exists():
         time.sleep(0.02)
     child.send_signal(number)
     assert child.wait(timeout=60) == -number
@@ -199,9 +203,9 @@ def test_interruption_leaves_nothing_that_looks_complete(text, tmp_path, number)
     if number == signal.SIGINT:
         assert left == []
     else:
-        assert left == [partial]
+        assert left == [folder]
         with pytest.raises(FileNotFoundError, match=r"index\.json is missing"):
-            TokenShards(partial)
+            TokenShards(folder)
 
 
 def test_a_crash_between_the_two_renames_is_repaired(text, tmp_path):
