@@ -60,10 +60,11 @@ class TokenLayout:
         if not torch.compiler.is_compiling() and cu_seqlens.device.type == "cpu":
             if device.type != "cpu":
                 check_cu_seqlens(cu_seqlens, tokens)
-            if longest is not None and int(cu_seqlens.diff().max()) > longest:
+            most = max(cu_seqlens.diff().tolist(), default=0)
+            if longest is not None and longest < max(most, 1):
                 raise ValueError(
                     f"max_seqlen: expected no shorter than the longest sequence of cu_seqlens, "
-                    f"{int(cu_seqlens.diff().max())}, got {longest}"
+                    f"{most}, and at least 1, got {longest}"
                 )
         bounds = cu_seqlens.to(device, non_blocking=True)
         documents = sequence_of_token(bounds, tokens)

@@ -126,8 +126,12 @@ def test_a_bound_on_documents_changes_nothing_but_the_time(model, token_ids):
     for longest in (4, 6, 14):
         bounded = model(ids, cu_seqlens=bounds, max_seqlen=longest).logits
         assert (bounded - plain).abs().max() < TINY
-    with pytest.raises(ValueError, match=r"max_seqlen: expected no shorter than.*4, got 3"):
+    with pytest.raises(
+        ValueError, match=r"max_seqlen: expected no shorter than.*4, and at least 1, got 3"
+    ):
         model(ids, cu_seqlens=bounds, max_seqlen=3)
+    with pytest.raises(ValueError, match=r"max_seqlen: expected .*at least 1, got 0"):
+        model(ids[:, :0], cu_seqlens=torch.tensor([0, 0]), max_seqlen=0)
     with pytest.raises(ValueError, match="max_seqlen: expected None without cu_seqlens"):
         model(ids, max_seqlen=3)
 
