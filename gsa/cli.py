@@ -32,7 +32,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import gsa
 from gsa.cli_options import add_fields, take_dict
@@ -257,13 +257,11 @@ def bench(arguments: list[str]) -> int:
         bench_tune(_config("gsa bench tune", bench_tune, TuneConfig, rest))
         return 0
     if chosen == "cost":
-        from gsa.architectures import ARCHITECTURES, sized_alike
         from gsa.benchmark.model_cost import CostConfig, bench_cost
-        from gsa.recipes import RECIPES
 
-        config = _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",))
-        alike = {name: partial(sized_alike, name) for name in ARCHITECTURES}
-        bench_cost(config, {name: make().model for name, make in RECIPES.items()}, alike)
+        bench_cost(
+            _config("gsa bench cost", bench_cost, CostConfig, rest, ("models",)), *_named_models()
+        )
         return 0
     if chosen == "distill":
         from gsa.benchmark.distill_cost import DistillCostConfig, bench_distill
@@ -274,17 +272,15 @@ def bench(arguments: list[str]) -> int:
         return 0
     if chosen == "training":
         from gsa.benchmark.training import BenchTrainingConfig, bench_training
-        from gsa.recipes import RECIPES
 
         config = _config("gsa bench training", bench_training, BenchTrainingConfig, rest)
-        bench_training(config, {name: make().model for name, make in RECIPES.items()})
+        bench_training(config, *_named_models())
         return 0
     if chosen == "decode":
         from gsa.benchmark.decode import BenchDecodeConfig, bench_decode
-        from gsa.recipes import RECIPES
 
         config = _config("gsa bench decode", bench_decode, BenchDecodeConfig, rest)
-        bench_decode(config, {name: make().model for name, make in RECIPES.items()})
+        bench_decode(config, *_named_models())
         return 0
     from gsa.benchmark.device import bench_device
 
@@ -299,6 +295,15 @@ def bench(arguments: list[str]) -> int:
 
         bench_ops(_config("gsa bench ops", bench_ops, BenchOpsConfig, rest))
     return 0
+
+
+def _named_models() -> tuple[dict[str, dict[str, Any]], dict[str, Callable[..., Any]]]:
+    """(recipes, architectures) for the benches, which know neither."""
+    from gsa.architectures import ARCHITECTURES, sized_alike
+    from gsa.recipes import RECIPES
+
+    recipes = {name: make().model for name, make in RECIPES.items()}
+    return recipes, {name: partial(sized_alike, name) for name in ARCHITECTURES}
 
 
 def reproduce(arguments: list[str]) -> int:

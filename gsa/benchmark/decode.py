@@ -10,13 +10,18 @@ from typing import Any, Literal
 import torch
 
 from gsa.benchmark.budget import OutOfTimeError, time_limit
-from gsa.benchmark.decoders import NAMES, Contender, clocked, contender
+from gsa.benchmark.decoders import Contender, clocked, contender
 from gsa.benchmark.device import bench_device
 from gsa.benchmark.environment import environment
-from gsa.benchmark.language_models import Recipes, recipe_keys
+from gsa.benchmark.language_models import (
+    Architectures,
+    Recipes,
+    check_contenders,
+    recipe_keys,
+    rival,
+)
 from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
-from gsa.model import GSAConfig
 
 GIB = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,8 +29,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class BenchDecodeConfig:
-    models: tuple[str, ...] = ("gsa", "transformer++")
-    """gsa, transformer++ (transformers' Llama, static cache), fla (its own GSA model)."""
+    arch: tuple[str, ...] = ("gsa", "transformer++")
+    """Architectures as gsa train knows them: gsa, abc, gla, ...; but transformer++ is transformers'
+    Llama with a static cache, own-transformer++ ours, and fla that library's own GSA model."""
     size: str = "1.3b"
     """The recipe whose model the others equal."""
     vocab_size: int = 32000
@@ -56,9 +62,6 @@ class BenchDecodeConfig:
     """JSON file to write; empty for none."""
 
     def __post_init__(self) -> None:
-        for name in self.models:
-            if name not in NAMES:
-                raise ValueError(f"models: expected {', '.join(NAMES)}, got {name!r}")
         for name in ("vocab_size", "prefix", "batch_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -68,12 +71,11 @@ class BenchDecodeConfig:
                     f"{name}: expected numbers above 0, or 0, got {getattr(self, name)}"
                 )
 
-    def model(self, recipes: Recipes) -> GSAConfig:
-        """ValueError if there is no recipe of that name."""
+    def keys(self, recipes: Recipes) -> dict[str, Any]:
+        """Of GSAConfig, of the model that others equal; ValueError if no recipe has that name."""
         keys = recipe_keys(recipes, self.size, self.vocab_size, self.layers)
         longest = max(self.prefix + max(*self.lengths, self.batch_tokens), *self.prefills)
-        keys |= {"max_position_embeddings": longest + 64}
-        return GSAConfig(**keys)
+        return keys | {"max_position_embeddings": longest + 64}
 
     def cases(self) -> list[tuple[str, int]]:
         """(kind, its number): lengths, batches, prefills."""
@@ -81,18 +83,29 @@ class BenchDecodeConfig:
         return [(kind, number) for kind, numbers in kinds.items() for number in numbers if number]
 
 
-def bench_decode(config: BenchDecodeConfig, recipes: Recipes) -> dict[str, Any]:
+def bench_decode(
+    config: BenchDecodeConfig, recipes: Recipes, architectures: Architectures
+) -> dict[str, Any]:
     """Let models of equal size read and write, and report milliseconds per token and memory.
 
     Times are wall times of whole runs, greedy, without an end. Models take turns within a case and
     have random weights. Prints progress and tables.
 
-    recipes: keys of GSAConfig by the name of a recipe.
+    Args:
+        recipes: keys of GSAConfig by the name of a recipe.
+        architectures: by name, from such keys to those of a rival of equal size.
     """
+    check_contenders(config.arch, architectures)
     device = torch.device(bench_device(config.device))
-    model, compile = config.model(recipes), device.type == "cuda" and not config.eager
+    keys, compile = config.keys(recipes), device.type == "cuda" and not config.eager
     dtype = DTYPES[config.dtype]
-    made = {x: contender(x, model, device, dtype, compile=compile) for x in config.models}
+    longest = keys["max_position_embeddings"]
+    made = {
+        name: contender(
+            rival(name, keys, architectures, longest=longest), device, dtype, compile=compile
+        )
+        for name in config.arch
+    }
     head = {
         "benchmark": "decode",
         "environment": environment(device),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gsa.benchmark.training_plot import LABELS, LOOKS
+from gsa.benchmark.training_plot import LABELS, looks
 
 PANELS = (
     ("length", "seconds", "tokens written in one row", "seconds"),
@@ -37,17 +37,21 @@ def lines_of(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[
 def plot_decode(documents: Sequence[dict[str, Any]], out: Path) -> Path:
     """Draws results of `gsa bench decode` into a PNG file."""
     lines = lines_of(documents)
+    look = looks(name for _, name in lines)
+    panels = [panel for panel in PANELS if any(kind == panel[0] for kind, _ in lines)]
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axes, (kind, key, x_label, y_label) in zip(figure.subplots(1, 3), PANELS, strict=True):
+    figure = Figure(figsize=(max(6, 4 * len(panels)), 4.2), layout="constrained")
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (kind, key, x_label, y_label) in zip(drawn, panels, strict=True):
         for (found, name), cells in sorted(lines.items()):
             if found == kind:
-                marker, color = LOOKS[name]
+                marker, color = look[name]
                 # A slow model writes fewer tokens: drawn as long as it would take for all.
                 scale = [n / cells[n]["tokens"] if key == "seconds" else 1.0 for n in sorted(cells)]
                 values = [cells[n][key] * s for n, s in zip(sorted(cells), scale, strict=True)]
-                axes.plot(sorted(cells), values, marker=marker, color=color, label=LABELS[name])
+                label = LABELS.get(name, name)
+                axes.plot(sorted(cells), values, marker=marker, color=color, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if kind == "batch":
@@ -58,8 +62,7 @@ def plot_decode(documents: Sequence[dict[str, Any]], out: Path) -> Path:
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     facts, config = documents[0]["environment"], documents[0]["config"]
     figure.suptitle(
         f"Decoding, {config['size']}, {config['dtype']}, on {facts['device']}; torch "

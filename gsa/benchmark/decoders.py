@@ -7,12 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gsa.benchmark.language_models import rival
+from gsa.benchmark.language_models import Rival
 from gsa.generation.decoder import Decoder
 from gsa.generation.sampling import Sampling
-from gsa.model import GSAConfig
 
-NAMES = ("gsa", "transformer++", "fla")
 WARM_STEPS = 4
 """Steps before the clock starts; the first compiles and captures."""
 
@@ -42,15 +40,9 @@ class Contender(Protocol):
         ...
 
 
-def contender(
-    name: str, config: GSAConfig, device: torch.device, dtype: torch.dtype, *, compile: bool
-) -> Contender:
-    """The contender of that name (one of NAMES), with random weights.
-
-    ValueError if what it needs is not installed.
-    """
-    made = {"gsa": Ours, "transformer++": Transformer, "fla": Fla}[name]
-    one = rival(name, config, config.max_position_embeddings)
+def contender(one: Rival, device: torch.device, dtype: torch.dtype, *, compile: bool) -> Contender:
+    """The model, with random weights, on the fastest way that there is for it."""
+    made = {"transformer++": Transformer, "fla": Fla}.get(one.name, Ours)
     torch.manual_seed(0)
     with device:
         model: Any = one.build()
@@ -79,14 +71,18 @@ class Ours:
         self.note = note or "the decoder of gsa.generation"
         self._decoder: Decoder | None = None
 
-    def _of(self, rows: int) -> Decoder:
-        if self._decoder is None or self._decoder.rows != rows:
+    def _of(self, rows: int, tokens: int) -> Decoder:
+        """A decoder of so many rows; layers that keep every token get room for just `tokens`."""
+        decoder = self._decoder
+        stale = decoder is not None and decoder.pool.is_bounded and decoder.pool.capacity != tokens
+        if decoder is None or decoder.rows != rows or stale:
             self._decoder = None
-            self._decoder = Decoder(self.model, rows=rows, compile=self.compile)
-        return self._decoder
+            decoder = Decoder(self.model, rows=rows, capacity=tokens, compile=self.compile)
+            self._decoder = decoder
+        return decoder
 
     def begin(self, rows: int, prefix: int, tokens: int) -> None:
-        decoder = self._of(rows)
+        decoder = self._of(rows, prefix + tokens + 2 * WARM_STEPS)
         state = decoder.prefill(random_tokens(self.model, 1, prefix)[0])
         sampling = Sampling(greedy=True, max_new_tokens=WARM_STEPS + tokens)
         for row in range(rows):
@@ -101,10 +97,13 @@ class Ours:
             self._decoder.advance()
 
     def prefill(self, tokens: int) -> None:
-        self._of(1).prefill(random_tokens(self.model, 1, tokens)[0])
+        self._of(1, tokens + 1).prefill(random_tokens(self.model, 1, tokens)[0])
 
     def end(self) -> None:
-        """Nothing: the step as compiled and captured serves the next case of as many rows."""
+        """A pool that grows with texts goes; else the step, compiled and captured, serves the next
+        case of as many rows."""
+        if self._decoder is not None and self._decoder.pool.is_bounded:
+            self._decoder = None
 
 
 class Transformer:

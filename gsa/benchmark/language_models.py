@@ -1,7 +1,7 @@
 """Language models of equal size that are trained beside each other, each with its loss."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,35 @@ from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.model.cost import flops_per_token, mean_visible
 from gsa.model.loss import IGNORE, next_token_loss_of_hidden
 
-NAMES = ("gsa", "transformer++", "fla")
+OWN = "own-"
+"""Before an architecture's name where the name alone is another library's model."""
 HEAD_WIDTH = 128
 """Of the Transformer's heads: what FlashAttention is fastest at."""
 
 
 Recipes = Mapping[str, Mapping[str, Any]]
 """Keys of GSAConfig by the name of a recipe."""
+Architectures = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
+"""By name, from a recipe's keys to those of a rival of equal size."""
+
+
+def contenders(architectures: Architectures) -> tuple[str, ...]:
+    """The names of all models that are timed beside each other.
+
+    An architecture's name is the model that gsa trains, but where another library's is known: then
+    it is that one, and ours has OWN before it.
+    """
+    known = [name for name in architectures if name not in FOREIGN]
+    ours = [OWN + name for name in architectures if name in FOREIGN]
+    return (*known, *ours, *FOREIGN)
+
+
+def check_contenders(names: Sequence[str], architectures: Architectures) -> None:
+    """ValueError for a name that is no contender's."""
+    for name in names:
+        if name not in contenders(architectures):
+            known = ", ".join(contenders(architectures))
+            raise ValueError(f"arch: expected {known}, got {name!r}")
 
 
 def recipe_keys(recipes: Recipes, size: str, vocab_size: int, layers: int) -> dict[str, Any]:
@@ -44,25 +66,33 @@ class Rival:
     note: str = ""
 
 
-def rival(name: str, config: GSAConfig, longest: int, *, packed: bool = False) -> Rival:
-    """The model of that name (one of NAMES) whose sizes are those of `config`.
+def rival(
+    name: str,
+    keys: Mapping[str, Any],
+    architectures: Architectures,
+    *,
+    longest: int,
+    packed: bool = False,
+) -> Rival:
+    """The contender of that name, of as many parameters as the GSA model of `keys`.
 
-    ValueError if it is not installed.
+    ValueError if it is not installed, or has no room for an MLP at that size.
 
     Args:
+        keys: of GSAConfig.
         longest: tokens of the longest sequence.
-        packed: gsa gets its rows end to end in one, with their boundaries, as it is trained.
+        packed: models of gsa get their rows end to end in one, with their boundaries, as they are
+            trained.
     """
-    if name == "gsa":
-        return Rival(
-            name=name,
-            build=lambda: GSAForCausalLM(config),
-            loss=packed_loss if packed else gsa_loss,
-            flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
-        )
-    if name == "transformer++":
-        return transformer(config, longest)
-    return fla(config)
+    if name in FOREIGN:
+        return FOREIGN[name](GSAConfig(**keys), longest)
+    config = GSAConfig(**architectures[name.removeprefix(OWN)](dict(keys)))
+    return Rival(
+        name=name,
+        build=lambda: GSAForCausalLM(config),
+        loss=packed_loss if packed else gsa_loss,
+        flops=lambda _, tokens: flops_per_token(config, tokens).forward_backward,
+    )
 
 
 def gsa_loss(model: Any, tokens_BT: Tensor) -> Tensor:
@@ -123,11 +153,11 @@ def transformer(config: GSAConfig, longest: int) -> Rival:
     )
 
 
-def fla(config: GSAConfig) -> Rival:
+def fla(config: GSAConfig, longest: int) -> Rival:
     """flash-linear-attention's own GSA model with its own fused parts, not compiled."""
     if importlib.util.find_spec("fla") is None:
         raise ValueError(
-            "models: fla needs flash-linear-attention, which is not installed; "
+            "arch: fla needs flash-linear-attention, which is not installed; "
             "pip install 'gated-slots[peers]'"
         )
     from fla.models import GSAConfig as FlaConfig  # type: ignore
@@ -150,3 +180,7 @@ def fla(config: GSAConfig) -> Rival:
         own_parts=True,
         note="flash-linear-attention's GSA model, its own kernels and fused parts, not compiled",
     )
+
+
+FOREIGN: dict[str, Callable[[GSAConfig, int], Rival]] = {"transformer++": transformer, "fla": fla}
+"""Of other libraries: from the GSA model that they equal, and the tokens of the longest row."""

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.device import bench_device
 from gsa.benchmark.environment import environment
-from gsa.benchmark.language_models import NAMES, Recipes, Rival, recipe_keys, rival
+from gsa.benchmark.language_models import (
+    Architectures,
+    Recipes,
+    Rival,
+    check_contenders,
+    recipe_keys,
+    rival,
+)
 from gsa.benchmark.results import Results
 from gsa.benchmark.tables import aligned
-from gsa.model import GSAConfig
 from gsa.model.cost import mfu, peak_flops
 from gsa.training.blocks import prepare_blocks, recompute_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
@@ -27,8 +33,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTrainingConfig:
-    models: tuple[str, ...] = ("gsa", "transformer++")
-    """gsa, transformer++ (transformers' Llama, SDPA), fla (its own GSA model)."""
+    arch: tuple[str, ...] = ("gsa", "transformer++")
+    """Architectures as gsa train knows them: gsa, abc, gla, ...; but transformer++ is transformers'
+    Llama with SDPA, own-transformer++ ours, and fla that library's own GSA model."""
     size: str = "1.3b"
     """The recipe whose model the others equal."""
     vocab_size: int = 32000
@@ -46,7 +53,7 @@ class BenchTrainingConfig:
     eager: bool = False
     """Do not compile blocks; fla's never are, it brings its own fused parts."""
     packed: bool = False
-    """Lay gsa's rows end to end, with their boundaries, as gsa train does."""
+    """Lay rows end to end, with their boundaries, as gsa train does; not of other libraries."""
     lean: bool = False
     """Compiled blocks compute again what is elementwise (`gsa train --lean`)."""
     repeats: int = 5
@@ -61,9 +68,6 @@ class BenchTrainingConfig:
     """JSON file to write; empty for none."""
 
     def __post_init__(self) -> None:
-        for name in self.models:
-            if name not in NAMES:
-                raise ValueError(f"models: expected {', '.join(NAMES)}, got {name!r}")
         for name in ("tokens", "repeats", "steps", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -73,10 +77,9 @@ class BenchTrainingConfig:
                     f"lengths: expected at least 2, dividing tokens = {self.tokens}, got {length}"
                 )
 
-    def model(self, recipes: Recipes) -> GSAConfig:
-        """ValueError if there is no recipe of that name."""
-        keys = recipe_keys(recipes, self.size, self.vocab_size, self.layers)
-        return GSAConfig(**keys)
+    def keys(self, recipes: Recipes) -> dict[str, Any]:
+        """Of GSAConfig, of the model that others equal; ValueError if no recipe has that name."""
+        return recipe_keys(recipes, self.size, self.vocab_size, self.layers)
 
 
 class Trainee:
@@ -129,19 +132,26 @@ class Trainee:
         return sum(x.numel() * x.element_size() for x in held)
 
 
-def bench_training(config: BenchTrainingConfig, recipes: Recipes) -> dict[str, Any]:
+def bench_training(
+    config: BenchTrainingConfig, recipes: Recipes, architectures: Architectures
+) -> dict[str, Any]:
     """Train models of equal size in turns, and report tokens per second, MFU and peak memory.
 
     Steps are whole: forward, loss, backward, clipping, AdamW, on random tokens. Times are wall
     times from step to step, each ending when the loss is read, as in training. Prints progress and
     a table.
 
-    recipes: keys of GSAConfig by the name of a recipe.
+    Args:
+        recipes: keys of GSAConfig by the name of a recipe.
+        architectures: by name, from such keys to those of a rival of equal size.
     """
+    check_contenders(config.arch, architectures)
     device = torch.device(bench_device(config.device))
-    model = config.model(recipes)
-    longest = max(config.lengths)
-    rivals = [rival(name, model, longest, packed=config.packed) for name in config.models]
+    keys, longest = config.keys(recipes), max(config.lengths)
+    rivals = [
+        rival(name, keys, architectures, longest=longest, packed=config.packed)
+        for name in config.arch
+    ]
     cases = [(every, T) for every in config.recompute for T in config.lengths]
     head = {
         "benchmark": "training",

@@ -1,12 +1,15 @@
 """The plot of training results: tokens per second and peak memory over the length of sequences, as
 in the paper's Figures 4a and 4b."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 LOOKS = {"gsa": ("o", "tab:blue"), "transformer++": ("^", "0.3"), "fla": ("s", "tab:orange")}
 LABELS = {"gsa": "GSA", "transformer++": "Transformer++ (SDPA)", "fla": "GSA of fla"}
+LABELS |= {"own-transformer++": "Transformer++ (ours)"}
+COLORS = ("green", "red", "purple", "brown", "pink", "olive", "cyan")
+MARKERS = ("D", "v", "P", "X")
 PANELS = (("tokens_per_s", 1e-3, "thousand tokens per second"), ("peak_gib", 1.0, "peak GiB"))
 
 
@@ -34,15 +37,25 @@ def lines_of(documents: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[
     return lines
 
 
+def looks(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(marker, colour) of each model; those of LOOKS are the same in every plot."""
+    others = sorted(set(names) - set(LOOKS))
+    return LOOKS | {
+        name: (MARKERS[i % len(MARKERS)], f"tab:{COLORS[i % len(COLORS)]}")
+        for i, name in enumerate(others)
+    }
+
+
 def plot_training(documents: Sequence[dict[str, Any]], out: Path) -> Path:
     """Draws results of `gsa bench training` into a PNG file; dashed where blocks are recomputed."""
     lines = lines_of(documents)
+    look = looks(name for name, _ in lines)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     for axes, (key, unit, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for (name, every), points in lines.items():
-            marker, color = LOOKS[name]
+            marker, color = look[name]
             lengths = [tokens for tokens, _ in points]
             values = [facts[key] * unit for _, facts in points]
             axes.plot(
@@ -52,7 +65,7 @@ def plot_training(documents: Sequence[dict[str, Any]], out: Path) -> Path:
                 color=color,
                 linestyle="--" if every else "-",
                 markerfacecolor="white" if every else color,
-                label=LABELS[name] + (", recomputed" if every else ""),
+                label=LABELS.get(name, name) + (", recomputed" if every else ""),
             )
             if key == "tokens_per_s":
                 lows, highs = ([facts[end] * unit for _, facts in points] for end in ENDS)

@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import pytest
 import torch
 
+from gsa.architectures import ARCHITECTURES, sized_alike
 from gsa.benchmark.decode import BenchDecodeConfig, bench_decode, step_bytes
 from gsa.benchmark.decode_plot import lines_of
 from gsa.benchmark.decoders import contender
+from gsa.benchmark.language_models import contenders, rival
 from gsa.benchmark.plot import PlotConfig, bench_plot
 from gsa.cli import main
-from gsa.model import GSAForCausalLM
+from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.recipes import RECIPES
 
 SMALL = {
@@ -19,13 +22,14 @@ SMALL = {
     **{"batch_tokens": 4, "prefills": (16,), "repeats": 2, "device": "cpu", "dtype": "fp32"},
 }
 MODELS = {name: make().model for name, make in RECIPES.items()}
+ARCHS = {name: partial(sized_alike, name) for name in ARCHITECTURES}
 CPU = torch.device("cpu")
 
 
 def test_a_run_is_measured_written_and_shown(tmp_path, capsys):
     out = tmp_path / "deep" / "decode.json"
     config = BenchDecodeConfig(**SMALL, out=str(out))
-    document = bench_decode(config, MODELS)
+    document = bench_decode(config, MODELS, ARCHS)
     assert json.loads(out.read_text()) == json.loads(json.dumps(document)) and document["complete"]
     names = ["4 tokens in a row", "8 tokens in a row", "1 rows", "3 rows", "16 tokens read"]
     assert [row["case"] for row in document["rows"]] == names
@@ -43,10 +47,31 @@ def test_a_run_is_measured_written_and_shown(tmp_path, capsys):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_architecture_is_measured_and_drawn(tmp_path):
+    """Those that keep every token have room for the case at hand, not for the longest."""
+    names = [name for name in contenders(ARCHS) if name != "fla"]
+    out = tmp_path / "all.json"
+    options = SMALL | {"lengths": (4, 8), "batches": (0,), "prefills": (0,), "arch": tuple(names)}
+    document = bench_decode(BenchDecodeConfig(**options, out=str(out)), MODELS, ARCHS)
+    for row in document["rows"]:
+        assert list(row["contenders"]) == names and not row["missing"]
+        assert {facts["tokens"] for facts in row["contenders"].values()} == {row["number"]}
+    assert bench_plot(PlotConfig(results=(str(out),))).read_bytes().startswith(b"\x89PNG")
+    own = rival("own-transformer++", BenchDecodeConfig(**SMALL).keys(MODELS), ARCHS, longest=32)
+    one = contender(own, CPU, torch.float32, compile=False)
+    for tokens in (4, 8):
+        one.begin(2, 8, tokens)
+        assert one._decoder.pool.capacity == 8 + tokens + 8
+        one.decode(tokens)
+        one.end()
+    assert one._decoder is None
+
+
 def test_contenders_write_what_they_would_write_by_themselves():
     """The rival's loop with a static cache is its own greedy generate()."""
-    config = BenchDecodeConfig(**SMALL).model(MODELS)
-    one = contender("transformer++", config, CPU, torch.float32, compile=False)
+    keys = BenchDecodeConfig(**SMALL).keys(MODELS)
+    llama = rival("transformer++", keys, ARCHS, longest=32)
+    one = contender(llama, CPU, torch.float32, compile=False)
     heard = []
     forward = one.model.forward
 
@@ -69,7 +94,7 @@ def test_contenders_write_what_they_would_write_by_themselves():
 
 
 def test_the_bytes_of_a_step():
-    config = BenchDecodeConfig(**SMALL).model(MODELS)
+    config = GSAConfig(**BenchDecodeConfig(**SMALL).keys(MODELS))
     model = GSAForCausalLM(config)
     memory = config.num_hidden_layers * 8 * 2 * (16 + 16) * 4  # M = 8 slots of two heads, fp32
     assert config.num_slots == 8 and config.num_heads == 2 and config.hidden_size == 32
@@ -82,7 +107,7 @@ def test_the_bytes_of_a_step():
 
 def test_mistakes_are_explained(capsys):
     for arguments, words in (
-        (["--models", "gpt"], "models: expected gsa, transformer++, fla, got 'gpt'"),
+        (["--arch", "gpt"], "own-transformer++, transformer++, fla, got 'gpt'"),
         (["--size", "huge"], "size: expected demo, tiny"),
         (["--prefix", "0"], "prefix: expected at least 1, got 0"),
         (["--batches", "-1"], "batches: expected numbers above 0"),
@@ -90,7 +115,7 @@ def test_mistakes_are_explained(capsys):
         assert main(["bench", "decode", "--device", "cpu", *arguments]) == 2
         assert words in capsys.readouterr().err
     if not importlib.util.find_spec("fla"):
-        assert main(["bench", "decode", "--device", "cpu", "--models", "fla", "--size=tiny"]) == 2
+        assert main(["bench", "decode", "--device", "cpu", "--arch", "fla", "--size=tiny"]) == 2
         assert "pip install 'gated-slots[peers]'" in capsys.readouterr().err
     base = {"benchmark": "decode", "environment": {"device": "A"}, "rows": []}
     with pytest.raises(ValueError, match="A, bf16; A, fp32"):

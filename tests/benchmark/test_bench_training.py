@@ -2,15 +2,18 @@
 
 import json
 import statistics
+from functools import partial
 
 import pytest
 import torch
 
+from gsa.architectures import ARCHITECTURES, sized_alike
 from gsa.benchmark import training
-from gsa.benchmark.language_models import rival
+from gsa.benchmark.language_models import OWN, contenders, rival
 from gsa.benchmark.plot import PlotConfig, bench_plot
 from gsa.benchmark.training import BenchTrainingConfig, Trainee, bench_training, measure_case
-from gsa.benchmark.training_plot import lines_of
+from gsa.benchmark.training_plot import lines_of, looks
+from gsa.model import GSAConfig
 from gsa.model.cost import count_parameters
 from gsa.recipes import RECIPES
 
@@ -21,18 +24,24 @@ SMALL = {
     **{"eager": True, "device": "cpu"},
 }
 MODELS = {name: make().model for name, make in RECIPES.items()}
+ARCHS = {name: partial(sized_alike, name) for name in ARCHITECTURES}
 CPU = torch.device("cpu")
+
+
+def made(name, config, packed=False):
+    """A contender for rows of at most 32 tokens."""
+    return rival(name, config.keys(MODELS), ARCHS, longest=32, packed=packed)
 
 
 def test_a_run_is_measured_written_and_shown(tmp_path, capsys):
     out = tmp_path / "deep" / "training.json"
     config = BenchTrainingConfig(**SMALL, repeats=2, out=str(out))
-    document = bench_training(config, MODELS)
+    document = bench_training(config, MODELS, ARCHS)
     assert json.loads(out.read_text()) == json.loads(json.dumps(document)) and document["complete"]
     names = ["T=16", "T=32", "T=16, recompute 1", "T=32, recompute 1"]
     assert [row["case"] for row in document["rows"]] == names
     assert [row["rows"] for row in document["rows"]] == [4, 2, 4, 2]
-    assert document["parameters"]["gsa"] == count_parameters(config.model(MODELS)).total
+    assert document["parameters"]["gsa"] == count_parameters(GSAConfig(**config.keys(MODELS))).total
     for row in document["rows"]:
         assert list(row["contenders"]) == ["gsa", "transformer++"] and not row["missing"]
         for facts in row["contenders"].values():
@@ -62,20 +71,35 @@ def test_results_that_cannot_share_a_plot(tmp_path):
 
 def test_models_are_of_equal_size_at_1_3b():
     config = BenchTrainingConfig(layers=1)
-    model = config.model(MODELS)
     with torch.device("meta"):
         found = {
-            name: sum(p.numel() for p in rival(name, model, 16384).build().parameters())
-            for name in ("gsa", "transformer++")
+            name: sum(p.numel() for p in made(name, config).build().parameters())
+            for name in (*ARCHITECTURES, OWN + "transformer++")
         }
-    assert abs(found["transformer++"] / found["gsa"] - 1) < 0.02
-    assert found["gsa"] == count_parameters(model).total
+    sizes = [number / found["gsa"] for number in found.values()]
+    assert max(sizes) < 1.02 and min(sizes) > 0.98
+    assert found["gsa"] == count_parameters(GSAConfig(**config.keys(MODELS))).total
+
+
+def test_every_architecture_is_measured_and_drawn(tmp_path):
+    """All of them at once, and Transformer++ as transformers has it and as we do."""
+    names = [name for name in contenders(ARCHS) if name != "fla"]
+    assert set(names) == {*ARCHITECTURES, OWN + "transformer++"}
+    out = tmp_path / "all.json"
+    options = SMALL | {"lengths": (16,), "recompute": (0,), "arch": tuple(names)}
+    document = bench_training(
+        BenchTrainingConfig(**options, repeats=1, out=str(out)), MODELS, ARCHS
+    )
+    assert list(document["rows"][0]["contenders"]) == names
+    assert [note.split(":")[0] for note in document["notes"]] == ["transformer++"]
+    assert len(set(looks(names).values())) == len(names) + 1
+    assert imread(bench_plot(PlotConfig(results=(str(out),)))).shape[2] == 4
 
 
 @pytest.mark.parametrize("name", ["gsa", "transformer++"])
 def test_a_step_trains_and_the_loss_is_the_models_own(name):
-    config = BenchTrainingConfig(**SMALL, models=(name,))
-    trainee = Trainee(rival(name, config.model(MODELS), 32), config, CPU)
+    config = BenchTrainingConfig(**SMALL)
+    trainee = Trainee(made(name, config), config, CPU)
     tokens = torch.randint(300, (2, 32))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = trainee.model(input_ids=tokens, labels=tokens).loss.item()
@@ -89,8 +113,8 @@ def test_a_step_trains_and_the_loss_is_the_models_own(name):
 
 
 def test_packed_rows_have_the_same_loss():
-    model = BenchTrainingConfig(**SMALL).model(MODELS)
-    apart, packed = rival("gsa", model, 32), rival("gsa", model, 32, packed=True)
+    config = BenchTrainingConfig(**SMALL)
+    apart, packed = made("gsa", config), made("gsa", config, packed=True)
     built = apart.build().double()
     tokens = torch.randint(300, (3, 32))
     expected = apart.loss(built, tokens)
@@ -101,10 +125,10 @@ def test_bf16_weights_have_bf16_moments_and_lean_and_packed_reach_the_model(monk
     asked = []
     monkeypatch.setattr(training, "prepare_blocks", lambda model, settings: asked.append(settings))
     options = {**SMALL, "eager": False, "lean": True, "packed": True, "weights": "bf16"}
-    config = BenchTrainingConfig(**options, repeats=1, models=("gsa",), recompute=(0,))
-    bench_training(config, MODELS)
+    config = BenchTrainingConfig(**options, repeats=1, arch=("gsa",), recompute=(0,))
+    bench_training(config, MODELS, ARCHS)
     assert [(one.compile, one.lean) for one in asked] == [(True, True)]
-    trainee = Trainee(rival("gsa", config.model(MODELS), 32, packed=True), config, CPU)
+    trainee = Trainee(made("gsa", config, packed=True), config, CPU)
     bounds = []
     trainee.model.register_forward_pre_hook(
         lambda _, args, named: bounds.append(named["cu_seqlens"].tolist()), with_kwargs=True
@@ -117,9 +141,9 @@ def test_bf16_weights_have_bf16_moments_and_lean_and_packed_reach_the_model(monk
 
 def test_flops_of_the_transformer():
     config = BenchTrainingConfig(**SMALL)
-    one = rival("transformer++", config.model(MODELS), 32)
+    one, keys = made("transformer++", config), config.keys(MODELS)
     model = one.build()
-    D, layers = config.model(MODELS).hidden_size, config.model(MODELS).num_hidden_layers
+    D, layers = keys["hidden_size"], keys["num_hidden_layers"]
     weights = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)
     )
@@ -129,8 +153,7 @@ def test_flops_of_the_transformer():
 
 def test_who_runs_out_of_memory_is_named_and_the_rest_measured(monkeypatch):
     config = BenchTrainingConfig(**SMALL, repeats=1)
-    model = config.model(MODELS)
-    trainees = {n: Trainee(rival(n, model, 32), config, CPU) for n in config.models}
+    trainees = {n: Trainee(made(n, config), config, CPU) for n in config.arch}
 
     def step(tokens):
         raise torch.OutOfMemoryError("no room")
@@ -145,7 +168,7 @@ def test_who_runs_out_of_memory_is_named_and_the_rest_measured(monkeypatch):
 
 def test_what_does_not_fit_the_budget_is_left_out(capsys):
     config = BenchTrainingConfig(**SMALL, repeats=1, budget_seconds=1e-3)
-    document = bench_training(config, MODELS)
+    document = bench_training(config, MODELS, ARCHS)
     assert not document["complete"] and document["rows"] == []
     assert "not run: T=16; T=32; T=16, recompute 1; T=32, recompute 1" in capsys.readouterr().out
 
@@ -153,7 +176,6 @@ def test_what_does_not_fit_the_budget_is_left_out(capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"models": ("gsa", "rwkv")}, "models: expected gsa, transformer"),
         ({"lengths": (48,), "tokens": 64}, "lengths: expected at least 2, dividing tokens = 64"),
         ({"repeats": 0}, "repeats: expected at least 1, got 0"),
     ],
@@ -162,4 +184,6 @@ def test_wrong_settings_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         BenchTrainingConfig(**options)
     with pytest.raises(ValueError, match="size: expected demo, tiny,"):
-        bench_training(BenchTrainingConfig(size="9b", device="cpu"), MODELS)
+        bench_training(BenchTrainingConfig(size="9b", device="cpu"), MODELS, ARCHS)
+    with pytest.raises(ValueError, match=r"arch: expected gsa, abc, .*fla, got 'rwkv'"):
+        bench_training(BenchTrainingConfig(arch=("gsa", "rwkv"), device="cpu"), MODELS, ARCHS)
