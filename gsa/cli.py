@@ -19,7 +19,7 @@ gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
 gsa bench cost [MODEL...] [options]       what models cost: parameters, FLOPs, memory, hours
 gsa bench distill FOLDER [options]        what a distillation costs: memory of each GPU, hours
-gsa reproduce EXPERIMENT [options]        the paper's tables and figures: table2 | rivals | figure3a
+gsa reproduce EXPERIMENT [options]        the paper's tables and figures: table1 | ... | figure4c
 gsa info                                  versions, devices, implementations
 """
 
@@ -307,24 +307,14 @@ def _named_models() -> tuple[dict[str, dict[str, Any]], dict[str, Callable[..., 
 
 
 def reproduce(arguments: list[str]) -> int:
-    """the paper's experiments: gsa reproduce table2 | rivals | figure3a"""
-    chosen, rest = _subcommand("reproduce", ("table2", "rivals", "figure3a"), arguments)
+    """the paper's experiments: gsa reproduce table1 | ... | figure4c"""
+    from gsa.experiments.commands import EXPERIMENTS
+
+    chosen, rest = _subcommand("reproduce", tuple(EXPERIMENTS), arguments)
     command = "gsa " + shlex.join(["reproduce", *arguments])
-    if chosen == "table2":
-        from gsa.experiments.table2 import Table2Config, reproduce_table2
-
-        asked = _config("gsa reproduce table2", reproduce_table2, Table2Config, rest)
-        stopped = reproduce_table2(asked, command=command)
-    elif chosen == "rivals":
-        from gsa.experiments.rivals import RivalsConfig, reproduce_rivals
-
-        asked = _config("gsa reproduce rivals", reproduce_rivals, RivalsConfig, rest)
-        stopped = reproduce_rivals(asked, command=command)
-    else:
-        from gsa.experiments.figure3a import Figure3aConfig, reproduce_figure3a
-
-        asked = _config("gsa reproduce figure3a", reproduce_figure3a, Figure3aConfig, rest)
-        stopped = reproduce_figure3a(asked, command=command)
+    config_class, run = EXPERIMENTS[chosen]
+    _text_alone()
+    stopped = run(_config(f"gsa reproduce {chosen}", run, config_class, rest), command=command)
     return 130 if stopped == signal.SIGINT else 0
 
 

@@ -131,10 +131,10 @@ def read_pair(config: DistillCostConfig) -> tuple[GSAConfig, GSAConfig]:
     """(student, teacher as a model of ours: with every layer kept)"""
     folder = Path(config.student)
     if is_student(folder):
-        return read_config(config.student), _kept(open_config(config.teacher_folder()))
+        return read_config(config.student), kept_config(open_config(config.teacher_folder()))
     teacher = open_config(folder)
     options = ConvertConfig(teacher=config.student, out="none")
-    return student_config(teacher, options), _kept(teacher)
+    return student_config(teacher, options), kept_config(teacher)
 
 
 def is_student(folder: Path) -> bool:
@@ -143,7 +143,8 @@ def is_student(folder: Path) -> bool:
     return path.is_file() and json.loads(path.read_text()).get("model_type") == "gsa"
 
 
-def _kept(teacher: Teacher) -> GSAConfig:
+def kept_config(teacher: Teacher) -> GSAConfig:
+    """A teacher as a model of ours: with every layer kept."""
     layers = tuple(range(teacher.config.num_hidden_layers))
     options = ConvertConfig(teacher=str(teacher.folder), out="none", keep_layers=layers)
     return student_config(teacher, options)

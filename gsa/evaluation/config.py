@@ -76,7 +76,7 @@ class TasksConfig(EvalConfig):
     suite: str = ""
     """Tasks, shots and the paper's figures beside: commonsense, recall, t2r, long or mmlu."""
     tasks: tuple[str, ...] = ()
-    """Tasks or groups by their names, with their own shots, instead of a suite."""
+    """Tasks or groups by their names, with their own shots; with a suite only these of it."""
     data_dir: str = ""
     """Folder with TASK/SPLIT.jsonl to read instead of the Hugging Face hub."""
     limit: int = 0
@@ -84,10 +84,8 @@ class TasksConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.suite) == bool(self.tasks):
-            raise ValueError(
-                f"suite: expected either suite or tasks, got {self.suite!r} and {self.tasks!r}"
-            )
+        if not self.suite and not self.tasks:
+            raise ValueError("suite: expected a suite, or tasks, got neither")
         if self.limit < 0:
             raise ValueError(f"limit: expected at least 0, got {self.limit}")
 

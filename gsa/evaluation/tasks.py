@@ -34,6 +34,10 @@ SPLITS = ("test_split", "validation_split", "training_split")
 """Of a task's config: the first that it has is evaluated."""
 
 
+class MissingDataError(FileNotFoundError):
+    """A task's examples cannot be had: a local file is missing, or the hub does not give them."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is asked: a task or a group of them by name, its single tasks, and the shots.
@@ -51,7 +55,7 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
 
     Our own models are scored through their state, those of transformers by lm-eval's HFLM. Before
     the weights are read, ImportError without lm-eval, ValueError for an unknown suite or task,
-    FileNotFoundError for a missing file of data_dir.
+    MissingDataError for a missing file of data_dir or a dataset that the hub does not give.
     """
     check_out(config.out)
     suite = find_suite(config.suite) if config.suite else None
@@ -70,6 +74,12 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
         wanted: dict[str, int | None] = dict.fromkeys(config.tasks)
     else:
         wanted = {column.task: column.shots for column in suite.columns}
+        if unknown := set(config.tasks) - set(wanted):
+            known = ", ".join(wanted)
+            raise ValueError(
+                f"tasks: expected some of {known} in suite {suite.name}, got {', '.join(unknown)}"
+            )
+        wanted = {name: wanted[name] for name in config.tasks or wanted}
     catalogue = Catalogue()
     plans = [Plan(name, catalogue.leaves(name), shots) for name, shots in wanted.items()]
     files = {
@@ -82,7 +92,7 @@ def run_tasks(config: TasksConfig) -> dict[str, Any]:
     model_config = AutoConfig.from_pretrained(config.model, local_files_only=True)
     length = config.length or (suite.length if suite else 0) or context_length(config, model_config)
     tasks = [
-        catalogue.build(leaf, plan.shots, files.get(leaf), tokenizer, length)
+        _build(catalogue, leaf, plan.shots, files.get(leaf), tokenizer, length)
         for plan in plans
         for leaf in plan.leaves
     ]
@@ -160,7 +170,7 @@ class Catalogue:
         return tuple(leaf for member in members for leaf in self.leaves(member))
 
     def files(self, leaf: str, shots: int | None, folder: Path) -> dict[str, Path]:
-        """A task's local files by split; FileNotFoundError naming one that is missing."""
+        """A task's local files by split; MissingDataError naming one that is missing."""
         if leaf in self.own:
             splits = [self.own[leaf].split]
         else:
@@ -175,7 +185,7 @@ class Catalogue:
         found = {split: folder / leaf / f"{split}.jsonl" for split in splits}
         for path in found.values():
             if not path.is_file():
-                raise FileNotFoundError(f"data_dir: {path} is missing; docs/evaluation.md has keys")
+                raise MissingDataError(f"data_dir: {path} is missing; docs/evaluation.md has keys")
         return found
 
     def build(
@@ -225,6 +235,26 @@ class Catalogue:
         if entry.yaml_path is None:
             return dict(entry.cfg or {})
         return load_yaml(entry.yaml_path, resolve_func=functions)
+
+
+def _build(
+    catalogue: Catalogue,
+    leaf: str,
+    shots: int | None,
+    files: Mapping[str, Path] | None,
+    tokenizer: Any,
+    length: int,
+) -> Any:
+    try:
+        return catalogue.build(leaf, shots, files, tokenizer, length)
+    except Exception as error:
+        if files is not None or isinstance(error, ImportError):
+            raise
+        # datasets, the hub's client and its transport each have errors of their own.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MissingDataError(
+            f"{leaf}: no data from the Hugging Face hub ({first}); data_dir takes local files"
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -284,9 +314,12 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _values(suite: Suite, results: list[dict[str, Any]]) -> list[float]:
+def _values(suite: Suite, results: list[dict[str, Any]]) -> list[float | None]:
     metrics = {result["task"]: result["metrics"] for result in results}
-    return [metrics[column.task][column.metric] * column.scale for column in suite.columns]
+    return [
+        metrics[column.task][column.metric] * column.scale if column.task in metrics else None
+        for column in suite.columns
+    ]
 
 
 def tasks_table(document: dict[str, Any], suite: Suite | None) -> str:

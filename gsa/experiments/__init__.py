@@ -1,1 +1,1 @@
-"""The paper's tables and figures as commands: `gsa reproduce table2 | rivals | figure3a`."""
+"""The paper's tables and figures as commands: `gsa reproduce table1`, and others (commands.py)."""

@@ -36,9 +36,16 @@ class StoppedError(Exception):
         self.signal = signal
 
 
+class NotRunError(Exception):
+    """What an arm needs is not there: it is left out and told of, and is no failure."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """name: for people. run: trains or goes on, and returns the numbers; StoppedError."""
+    """name: for people. run: trains or goes on, and returns the numbers; StoppedError, NotRunError.
+
+    Where an arm leaves a model, its numbers have "model": the model's folder, from the arm's.
+    """
 
     name: str
     folder: Path
@@ -90,6 +97,9 @@ def run_arms(
         except StoppedError as stopped:
             team.ask_first(report)
             return stopped.signal
+        except NotRunError as reason:
+            say(f"{arm.name} not run: {reason}")
+            continue
         except RunError as error:
             say(f"{arm.name} failed: {error}")
             failed.append(arm.name)
@@ -119,11 +129,14 @@ def collect(out: Path, folders: Mapping[str, Path]) -> dict[str, Result]:
     return done
 
 
-def made_on(results: Mapping[str, Result]) -> list[str]:
-    """Markdown lines: the devices and versions that results were made with."""
+def made_with(results: Mapping[str, Result], seed: int | None = None) -> str:
+    """The last section of a report: commands, seed, devices and versions of all results."""
     keys = ("device", "torch", "triton", "gsa", "commit")
+    lines = [f"- `{command}`" for command in dict.fromkeys(r["command"] for r in results.values())]
+    lines += [] if seed is None else [f"- seed {seed}"]
     every = [", ".join(f"{key} {r['environment'][key]}" for key in keys) for r in results.values()]
-    return [f"- {line}" for line in dict.fromkeys(every)]
+    lines += [f"- {line}" for line in dict.fromkeys(every)]
+    return "## Made with\n\n" + "\n".join(lines or ["Nothing is done yet."])
 
 
 def paper_rows(name: str) -> tuple[str, dict[str, Any]]:

@@ -32,21 +32,41 @@ FREE = ("plan", "gpu", "mfu")
 
 
 def estimate(
-    config: BudgetConfig, models: Mapping[str, GSAConfig], *, seq_len: int, tokens: int
+    config: BudgetConfig,
+    models: Mapping[str, GSAConfig],
+    *,
+    seq_len: int,
+    tokens: int,
+    training: bool = True,
 ) -> str:
-    """A table: parameters and GPU-hours of each model on so many tokens in rows of seq_len."""
+    """A table: parameters and GPU-hours of each model on so many tokens in rows of seq_len.
+
+    training: forward and backward; else forward alone.
+    """
+    rows: dict[str, tuple[int, float]] = {}
+    for name, model in models.items():
+        flops = flops_per_token(model, seq_len)
+        each = flops.forward_backward if training else flops.forward
+        rows[name] = (count_parameters(model).total, hours(config, tokens, each))
+    title = f"{tokens:,} tokens for each, in rows of {seq_len}; {assumed(config)}"
+    return f"{title}\n{hours_table(rows)}"
+
+
+def hours(config: BudgetConfig, tokens: int, flops: float) -> float:
+    """GPU-hours of so many tokens at that many FLOPs each."""
     peak = peak_flops(config.gpu)
     assert peak is not None
-    lines, total = [["", "parameters", "GPU-hours"]], 0.0
-    for name, model in models.items():
-        flops = flops_per_token(model, seq_len).forward_backward
-        hours = device_hours(tokens, flops, peak, config.mfu)
-        total += hours
-        parameters = count_parameters(model).total
-        lines.append([name, f"{parameters / 1e6:,.2f}M", f"{hours:,.2f}"])
-    lines.append([f"all {len(models)}", "", f"{total:,.2f}"])
-    title = (
-        f"{tokens:,} tokens for each, in rows of {seq_len}; {config.gpu} at "
-        f"{config.mfu:.0%} of the bf16 peak, an assumption"
-    )
-    return f"{title}\n{aligned(lines)}"
+    return device_hours(tokens, flops, peak, config.mfu)
+
+
+def assumed(config: BudgetConfig) -> str:
+    return f"{config.gpu} at {config.mfu:.0%} of the bf16 peak, an assumption"
+
+
+def hours_table(rows: Mapping[str, tuple[int, float]]) -> str:
+    """Parameters and GPU-hours by name, and their sum."""
+    lines = [["", "parameters", "GPU-hours"]]
+    for name, (parameters, spent) in rows.items():
+        lines.append([name, f"{parameters / 1e6:,.2f}M", f"{spent:,.2f}"])
+    lines.append([f"all {len(rows)}", "", f"{sum(spent for _, spent in rows.values()):,.2f}"])
+    return aligned(lines)

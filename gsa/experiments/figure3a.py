@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from gsa.architectures import ARCHITECTURES
-from gsa.experiments.arms import Arm, Result, begin, collect, made_on, paper_rows, run_arms
+from gsa.experiments.arms import Arm, Result, begin, collect, made_with, paper_rows, run_arms
 from gsa.experiments.budget import FREE, BudgetConfig, estimate
 from gsa.experiments.mqar import Task
 from gsa.experiments.recall_run import Examples, train_recall
@@ -249,7 +249,7 @@ def reproduce_figure3a(
     def report() -> None:
         results = collect(out, {at.name: at for at in sorted(out.iterdir()) if at.is_dir()})
         best = best_points(results)
-        write_text(out / "report.md", report_text(config, results, best, command))
+        write_text(out / "report.md", report_text(config, results, best))
         draw(out / PLOT, protocol.task, best)
 
     arms = [
@@ -291,9 +291,7 @@ def best_points(results: Mapping[str, Result]) -> Best:
     return {arch: dict(sorted(best[arch].items())) for arch in sorted(best, key=order.__getitem__)}
 
 
-def report_text(
-    config: Figure3aConfig, results: Mapping[str, Result], best: Best, command: str
-) -> str:
+def report_text(config: Figure3aConfig, results: Mapping[str, Result], best: Best) -> str:
     """report.md: the best accuracy by architecture and width, beside the paper's."""
     protocol = SIZES[config.size]
     task = protocol.task
@@ -323,8 +321,7 @@ def report_text(
     if same:
         parts.append(f"Paper: {source}.")
     parts += ["## Every model\n\n" + "\n".join(every)]
-    if results:
-        parts.append("## Made with\n\n" + "\n".join([f"- `{command}`", *made_on(results)]))
+    parts.append(made_with(results, config.seed))
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from gsa.architectures import abc
-from gsa.experiments.text import Comparison, Keys, TextConfig, reproduce
+from gsa.experiments.arms import paper_rows
+from gsa.experiments.text import Comparison, Keys, Sizes, TextConfig, reproduce
 
 NAMES = {
     "gsa": "GSA",
@@ -22,7 +24,13 @@ NAMES = {
 @dataclass(frozen=True, kw_only=True)
 class Table2Config(TextConfig):
     out: str = "runs/table2"
-    """Folder of the experiment: a run folder for each arm, results.json, report.md, curves.html."""
+    """Folder of the experiment: a run folder for each arm, results.json, report.md, curves.png."""
+
+    sizes: ClassVar[Sizes] = {
+        "tiny": ("tiny", 15360),
+        "small": ("34m", 100e6),
+        "paper": ("340m", 10e9),
+    }
 
 
 def arms(keys: Keys) -> dict[str, Keys]:
@@ -49,6 +57,7 @@ TABLE2 = Comparison(
     title="Ablation (the paper's Table 2)",
     arms=arms,
     label=label,
+    paper=lambda recipe: paper_rows("table2"),
     notes=(
         "Arms are not made equal in size: as in the paper, a part is taken away and nothing put in "
         "its place.",

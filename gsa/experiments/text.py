@@ -1,6 +1,6 @@
 """Models that differ in one thing, trained on the same text in the same order, and compared.
 
-What `gsa reproduce table2` and `gsa reproduce rivals` share. Each arm is a run of `gsa.training`.
+What `gsa reproduce table1` and `gsa reproduce table2` share. Each arm is a run of `gsa.training`.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gsa.data import TokenShards, open_rows
 from gsa.experiments.arms import (
@@ -20,11 +20,11 @@ from gsa.experiments.arms import (
     StoppedError,
     begin,
     collect,
-    made_on,
-    paper_rows,
+    made_with,
     run_arms,
 )
 from gsa.experiments.budget import FREE, BudgetConfig, estimate
+from gsa.experiments.evaluation import SUITE_FREE, Evaluation, SuiteConfig
 from gsa.model import GSAConfig
 from gsa.model.cost import count_parameters
 from gsa.recipes import RECIPES
@@ -36,12 +36,9 @@ from gsa.training.metrics import METRICS, read_metrics
 from gsa.training.setup import build_model_config, check_rows, pick_device
 
 Size = Literal["tiny", "small", "paper"]
-SIZES: dict[Size, tuple[str, float]] = {
-    "tiny": ("tiny", 15360),
-    "small": ("34m", 100e6),
-    "paper": ("340m", 10e9),
-}
+Sizes = Mapping[Size, tuple[str, float]]
 """Recipe and tokens."""
+CURVES = "curves.png"
 PLANNED_VOCABULARY = 32000
 """Where only a plan is asked for, without shards: that of the paper's tokenizer."""
 
@@ -50,17 +47,21 @@ Keys = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared, of which name in paper.json.
+    """What is compared.
 
     arms: from the recipe's keys of GSAConfig to those of each arm, by its key, which is also its
-    folder. label: an arm's name for people, from its key and GSAConfig keys. notes: for the report.
+    folder. label: an arm's name for people, from its key and GSAConfig keys. paper: from the
+    recipe's name to the paper's perplexities and where they stand. notes: for the report.
+    evaluation: of the models, once all are trained.
     """
 
     name: str
     title: str
     arms: Callable[[Keys], dict[str, Keys]]
     label: Callable[[str, Keys], str]
+    paper: Callable[[str], tuple[str, Mapping[str, float]]]
     notes: Sequence[str] = ()
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,11 @@ class TextConfig(BudgetConfig):
     validation: str = ""
     """Shard folder of held-out text."""
     out: str = ""
-    """Folder of the experiment: a run folder for each arm, results.json, report.md, curves.html."""
+    """Folder of the experiment: a run folder for each arm, results.json, report.md, curves.png."""
     size: Size = "small"
-    """small: recipe 34m on 100M tokens; paper: 340m on 10B; tiny: seconds, to see that it works."""
+    """small: recipe 34m on 100M tokens; paper: the paper's; tiny: seconds, to see that it works."""
+    recipe: str = ""
+    """Another recipe than the size's, such as 2.7b."""
     arms: tuple[str, ...] = ()
     """Only these arms, by their folders' names; all if none is given."""
     tokens: float = 0.0
@@ -86,8 +89,12 @@ class TextConfig(BudgetConfig):
     eager: bool = False
     """Do not compile blocks where the recipe does."""
 
+    sizes: ClassVar[Sizes]
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.recipe and self.recipe not in RECIPES:
+            raise ValueError(f"recipe: expected {', '.join(RECIPES)}, got {self.recipe!r}")
         if not (math.isfinite(self.tokens) and self.tokens >= 0):
             raise ValueError(f"tokens: expected a finite number ≥ 0, got {self.tokens}")
         if not self.plan:
@@ -121,6 +128,8 @@ def reproduce(
             labels[k]: GSAConfig(**{"vocab_size": PLANNED_VOCABULARY, **keys[k]}) for k in chosen
         }
         say(estimate(config, models, seq_len=recipe.seq_len, tokens=tokens))
+        if comparison.evaluation and isinstance(config, SuiteConfig):
+            say(comparison.evaluation.plan(config, models))
         return 0
     out = Path(config.out)
     with join(config.device) as team:
@@ -134,7 +143,7 @@ def reproduce(
         pick_device(config.device, team)
         check_rows(recipe, team)
         marks = {"data": shards.fingerprint, "validation": validation.fingerprint}
-        free = {*FREE, "arms", "device", "out", "data", "validation"}
+        free = {*FREE, *SUITE_FREE, "arms", "device", "out", "data", "validation"}
         asked = {key: value for key, value in asdict(config).items() if key not in free}
         asked |= {"experiment": comparison.name, "fingerprints": marks}
 
@@ -155,16 +164,31 @@ def reproduce(
             for key in chosen
         ]
 
+        evaluation = comparison.evaluation
+
         def report() -> None:
             results = collect(out, folders)
-            write_text(out / "report.md", report_text(comparison, labels, results, command))
             begun = [str(at) for at in folders.values() if (at / METRICS).is_file()]
             if begun:
-                compare_runs(ReportConfig(runs=tuple(begun), out=str(out / "curves.html")))
+                compare_runs(ReportConfig(runs=tuple(begun), out=str(out / CURVES)))
+            text = report_text(
+                comparison, labels, results, comparison.paper(recipe_name(config)),
+                tasks=evaluation.section(out) if evaluation else "",
+                seed=config.seed, curves=bool(begun),
+            )  # fmt: skip
+            write_text(out / "report.md", text)
 
         signal = run_arms(arms, report=report, command=command, team=team, say=tell)
+        if evaluation and not signal and isinstance(config, SuiteConfig):
+            held_out = config.validation
+            evaluation.run(out, config, command=command, team=team, say=tell, validation=held_out)
+            team.ask_first(report)
         tell(f"report: {out / 'report.md'}")
         return signal
+
+
+def recipe_name(config: TextConfig) -> str:
+    return config.recipe or config.sizes[config.size][0]
 
 
 def base_run(config: TextConfig) -> TrainConfig:
@@ -172,10 +196,9 @@ def base_run(config: TextConfig) -> TrainConfig:
 
     Warm-up is the recipe's hundredth of the steps, but at least 100, or a tenth of a short run.
     """
-    name, tokens = SIZES[config.size]
-    recipe = RECIPES[name]()
+    recipe = RECIPES[recipe_name(config)]()
     per_step = recipe.seq_len * recipe.rows * recipe.accumulation
-    steps = max(2, round((config.tokens or tokens) / per_step))
+    steps = max(2, round((config.tokens or config.sizes[config.size][1]) / per_step))
     return replace(
         recipe,
         data=config.data or "none",
@@ -199,6 +222,7 @@ def _train(run: TrainConfig, model: GSAConfig, command: str) -> Result:
     steps, validations = read_metrics(Path(run.out))
     last = validations[-1]
     return {
+        "model": ".",
         "perplexity": math.exp(last["val_loss"]),
         "val_loss": last["val_loss"],
         "val_tokens": last["val_tokens"],
@@ -212,10 +236,20 @@ def _train(run: TrainConfig, model: GSAConfig, command: str) -> Result:
 
 
 def report_text(
-    comparison: Comparison, labels: Mapping[str, str], results: Mapping[str, Result], command: str
+    comparison: Comparison,
+    labels: Mapping[str, str],
+    results: Mapping[str, Result],
+    theirs: tuple[str, Mapping[str, float]],
+    *,
+    tasks: str,
+    seed: int,
+    curves: bool,
 ) -> str:
-    """report.md: perplexities beside the paper's, and which of its orderings are found here."""
-    source, paper = paper_rows(comparison.name)
+    """report.md: perplexities beside the paper's, and which of its orderings are found here.
+
+    theirs: as from Comparison.paper. tasks: a section about them. curves: whether they are drawn.
+    """
+    source, paper = theirs
     ours = {key: found["perplexity"] for key, found in results.items()}
     head = "| | parameters | tokens | tokens/s | perplexity | ÷ GSA | paper | ÷ GSA |"
     lines = [head, "|---|--:|--:|--:|--:|--:|--:|--:|"]
@@ -246,9 +280,10 @@ def report_text(
         "tokens/s: the median step. All arms have the same data, order of rows, seed and schedule. "
         "With one seed there is no telling a small difference from chance."
     )
-    parts.append("Curves: curves.html. Numbers: " + RESULTS + ".")
-    if results:
-        parts.append("## Made with\n\n" + "\n".join([f"- `{command}`", *made_on(results)]))
+    parts += [f"![curves]({CURVES})"] if curves else []
+    parts.append(f"Settings: `gsa report` of the arms' folders. Numbers: {RESULTS}.")
+    parts += [tasks] if tasks else []
+    parts.append(made_with(results, seed))
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,8 +9,11 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for experiment, words in (
         ("table2", "no gate of its own (ABC)"),
-        ("rivals", "transformer++"),
+        ("table1", "suite commonsense, forward alone"),
         ("figure3a", "retnet, d = 512"),
+        ("figure4a", "own-transformer++"),
+        ("figure4b", "rwkv6"),
+        ("figure4c", "a floor"),
     ):
         assert main(["reproduce", experiment, "--size", "paper", "--plan"]) == 0
         output = capsys.readouterr().out
@@ -21,11 +24,15 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "expected 'table2' or 'rivals' or 'figure3a', got nothing"),
+        ([], "expected 'table1' or 'table2' or 'table3' or 'recall' or"),
         (["table9"], "got 'table9'"),
         (["table2"], "data: expected a shard folder"),
-        (["rivals", "--data", "/no", "--validation", "/no", "--device", "cpu"], "no such folder"),
-        (["figure3a", "--arms", "mamba"], "arms: expected some of gsa"),
+        (["table1", "--data", "/no", "--validation", "/no", "--device", "cpu"], "no such folder"),
+        (["figure3a", "--arms", "mistral"], "arms: expected some of gsa"),
+        (["table3"], "teacher: expected a folder"),
+        (["table3", "--plan", "--teacher", "/no"], "teacher: expected a local"),
+        (["recall", "--models", "/no"], "models: /no: no such folder"),
+        (["figure4a", "--arms", "gpt"], "arch: expected gsa, abc"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):

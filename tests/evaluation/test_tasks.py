@@ -37,6 +37,17 @@ def test_a_suite_beside_the_paper(save_model, data_dir, tmp_path, capsys):
     assert [task for task, found in tasks.items() if found["note"]] == ["lambada_openai"]
 
 
+def test_some_tasks_of_a_suite(save_model, data_dir, tmp_path, capsys):
+    folder, out = save_model(), tmp_path / "found.json"
+    options = ("--suite", "t2r", "--tasks", "arc_easy", "piqa", "--data-dir", data_dir)
+    assert run(folder, *options, "--out", out) == 0
+    values = json.loads(out.read_text())["paper"]["model"]
+    assert values[0] == 50 and [value is None for value in values] == [
+        column.task not in ("arc_easy", "piqa") for column in suites()["t2r"].columns
+    ]
+    assert " 50.0 |" in capsys.readouterr().out
+
+
 def test_the_same_numbers_as_through_hflm(save_model, data_dir, tmp_path, monkeypatch):
     folder, numbers = save_model("hybrid"), []
     names = ("arc_easy", "hellaswag", "lambada_openai", "wikitext", "recall_fda", "long_quality")
@@ -102,7 +113,10 @@ def test_refusals(save_model, data_dir, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "suite: expected one of commonsense" in says(folder, "--suite", "common")
-    assert "either suite or tasks" in says(folder)
+    assert "expected a suite, or tasks, got neither" in says(folder)
+    assert "expected some of mmlu in suite mmlu, got bbh" in says(
+        folder, "--suite", "mmlu", "--tasks", "bbh"
+    )
     assert "did you mean" in says(folder, "--tasks", "arc_eazy")
     missing = says(folder, "--suite", "recall", "--data-dir", data_dir)
     assert "recall_swde/validation.jsonl is missing" in missing

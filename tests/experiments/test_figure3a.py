@@ -57,7 +57,7 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
 
     def result(arch, width, rate, accuracy):
         return {"arm": f"{arch} {width} {rate}", "arch": arch, "width": width, "rate": rate,
-                "accuracy": accuracy, "steps": 1, "seconds": 1.0, "diverged": False,
+                "accuracy": accuracy, "steps": 1, "seconds": 1.0, "diverged": False, "command": "",
                 "environment": dict.fromkeys(facts)}  # fmt: skip
 
     results = {str(i): result(*one) for i, one in enumerate((
@@ -66,7 +66,7 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
     ))}  # fmt: skip
     best = best_points(results)
     assert {arch: list(row) for arch, row in best.items()} == {"gsa": [64, 128], "gla": [64]}
-    lines = report_text(Figure3aConfig(plan=True), results, best, "gsa …").splitlines()
+    lines = report_text(Figure3aConfig(plan=True), results, best).splitlines()
     assert "| gsa | 40.0 (0.002) | 20.0 (0.001) |" in lines
     assert "| gsa, paper | 27.8 | 98.0 |" in lines and "| gla | 50.0 (0.001) | – |" in lines
 
@@ -74,7 +74,7 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": ("mamba",)}, "arms: expected some of gsa, abc, gla"),
+        ({"arms": ("mistral",)}, "arms: expected some of gsa, abc, gla"),
         ({"widths": (20,)}, "widths: expected multiples of 16, got 20"),
         ({"rates": (2.0,)}, "rates: expected numbers between 0 and 1"),
         ({"epochs": -1}, "epochs: expected a number ≥ 0"),

@@ -8,9 +8,8 @@ from training_runs import one_thread
 
 from gsa.architectures import ARCHITECTURES
 from gsa.data import PrepareConfig, prepare
-from gsa.experiments import rivals, table2
+from gsa.experiments import table1, table2
 from gsa.experiments.arms import paper_rows
-from gsa.experiments.rivals import RivalsConfig, reproduce_rivals
 from gsa.experiments.table2 import TABLE2, Table2Config, reproduce_table2
 from gsa.experiments.text import base_run, orderings
 from gsa.model import GSAConfig
@@ -55,9 +54,11 @@ def test_the_arms_of_table_2_are_those_of_the_paper():
     assert TABLE2.label("half-slots", arms["half-slots"]) == "32 slots"
 
 
-def test_the_rivals_are_all_architectures():
-    assert list(rivals.arms(RECIPES["34m"]().model)) == list(ARCHITECTURES)
-    assert set(paper_rows("rivals")[1]) <= set(ARCHITECTURES)
+def test_the_arms_of_table_1_are_all_architectures():
+    assert list(table1.arms(RECIPES["34m"]().model)) == list(ARCHITECTURES)
+    for recipe, size, perplexity in (("1.3b", "1.3B", 16.7), ("2.7b", "2.7B", 14.8)):
+        source, rows = table1.paper(recipe)
+        assert rows["gsa"] == perplexity and f"of {size} models" in source and len(rows) == 6
 
 
 def test_two_arms_of_table_2(shards, tmp_path):
@@ -85,7 +86,7 @@ def test_two_arms_of_table_2(shards, tmp_path):
         row = next(line for line in report.splitlines() if line.startswith("| ReLU for"))
         assert f"{results['arms']['relu']['perplexity']:.3f}" in row and "13.69" in row
         assert "of 1 pairs are in the paper's order" in report and "Not there yet: " in report
-        assert (out / "curves.html").is_file()
+        assert (out / "curves.png").is_file()
 
         before = (out / "gsa" / "metrics.jsonl").stat().st_mtime_ns
         config = asked(Table2Config, shards, out, arms=("gsa", "half-slots"))
@@ -98,16 +99,16 @@ def test_two_arms_of_table_2(shards, tmp_path):
 
 def test_other_text_is_refused_in_the_same_folder(shards, tmp_path):
     with one_thread():
-        config = asked(RivalsConfig, shards, tmp_path / "out", arms=("gla",))
-        assert reproduce_rivals(config, command="", say=lambda text: None) == 0
+        config = asked(Table2Config, shards, tmp_path / "out", arms=("relu",))
+        assert reproduce_table2(config, command="", say=lambda text: None) == 0
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| gla |" in report and "Fewer than two arms" in report
+    assert "| ReLU for softmax |" in report and "Fewer than two arms" in report
     for changes in ({"data": str(shards / "valid")}, {"tokens": 5120.0}, {"seed": 1}):
-        other = RivalsConfig(**vars(config) | changes)
+        other = Table2Config(**vars(config) | changes)
         with pytest.raises(
             RunError, match=f"{'fingerprints' if 'data' in changes else min(changes)}: "
         ):
-            reproduce_rivals(other, command="", say=lambda text: None)
+            reproduce_table2(other, command="", say=lambda text: None)
 
 
 def test_nothing_is_written_for_a_plan_or_a_mistake(shards, tmp_path):
@@ -126,6 +127,8 @@ def test_nothing_is_written_for_a_plan_or_a_mistake(shards, tmp_path):
             reproduce_table2(Table2Config(**vars(config) | changes), command="", say=said.append)
     with pytest.raises(ValueError, match="validation: expected a shard folder"):
         Table2Config(data="somewhere")
+    with pytest.raises(ValueError, match=r"recipe: expected demo, tiny, .* got '9b'"):
+        Table2Config(plan=True, recipe="9b")
     with pytest.raises(ValueError, match="gpu: expected one of"):
         Table2Config(plan=True, gpu="abacus")
     assert not out.exists()
@@ -135,6 +138,8 @@ def test_sizes_follow_recipes():
     small, paper = (base_run(Table2Config(plan=True, size=size)) for size in ("small", "paper"))
     assert (small.seq_len, small.steps, small.warmup) == (2048, 763, 76)
     assert (paper.steps, paper.warmup, paper.lr) == (19073, 190, 3e-4)
+    half = base_run(table1.Table1Config(plan=True, size="paper", recipe="2.7b"))
+    assert half.model == RECIPES["2.7b"]().model and half.steps * 2**21 == pytest.approx(1e11, 1e-4)
     eager = base_run(Table2Config(plan=True, eager=True))
     assert small.compile and not eager.compile and not eager.lean
 
