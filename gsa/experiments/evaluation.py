@@ -12,12 +12,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from gsa.benchmark.decode import clear
 from gsa.benchmark.distill_cost import is_student, kept_config
 from gsa.conversion.teacher import open_config
 from gsa.evaluation import PerplexityConfig, TasksConfig
+from gsa.evaluation.config import Dtype
 from gsa.evaluation.perplexity import perplexity
 from gsa.evaluation.report import markdown
 from gsa.evaluation.suites import find_suite
@@ -56,6 +61,8 @@ class SuiteConfig(BudgetConfig):
     """The first so many examples of each task only, to try things; 0 for all."""
     texts: int = 8
     """Texts that an evaluation reads at once."""
+    dtype: Dtype = "auto"
+    """Of the weights in an evaluation: auto as they were saved, fp32 or bf16."""
     device: str = "cuda"
     """Where to run: cpu, cuda, cuda:1, ..."""
 
@@ -67,7 +74,7 @@ class SuiteConfig(BudgetConfig):
             raise ValueError(f"texts: expected at least 1, got {self.texts}")
 
 
-SUITE_FREE = ("data_dir", "limit", "texts")
+SUITE_FREE = ("data_dir", "limit", "texts", "dtype")
 """Fields above: they change nothing but the evaluation, which has a folder of its own."""
 
 
@@ -79,7 +86,10 @@ def find_models(sources: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for source in map(Path, sources):
         if not source.is_dir():
-            raise FileNotFoundError(f"models: {source}: no such folder")
+            raise FileNotFoundError(
+                f"models: {source}: no such folder; expected that of an experiment with models "
+                "(gsa reproduce table1, table3) or of a model"
+            )
         own = {source.name: source} if (source / "config.json").is_file() else {}
         if (source / EXPERIMENT).is_file():
             results = {at.name: (at, read_result(at)) for at in sorted(source.iterdir())}
@@ -142,11 +152,12 @@ class Evaluation:
         say: Callable[[str], None],
         validation: str = "",
         sources: Sequence[str] = (),
+        only: Sequence[str] = (),
     ) -> None:
         """Every task on every model, but for what is done; writes report.md.
 
         validation: shards, for held_out. sources: as in `find_models`; the experiment in `base` if
-        none is given.
+        none is given. only: of these names; all if none is given.
 
         Raises:
             ValueError, FileNotFoundError: no models.
@@ -157,26 +168,25 @@ class Evaluation:
             say(f"{self.suite}: give the same command without torchrun; one process evaluates")
             return
         out = base / self.folder
-        begin(out, {"experiment": f"suite {self.suite}", "limit": config.limit})
+        asked = {"limit": config.limit, "dtype": config.dtype}
+        begin(out, asked | {"experiment": f"suite {self.suite}"})
         models = find_models(sources or [str(base)])
-        marks = {name: _weights(folder) for name, folder in models.items()}
+        chosen = [name for name in models if name in only or not only]
+        marks = {name: _weights(models[name]) for name in chosen}
         reasons: dict[str, str] = {}
         arms = []
-        for name, folder in models.items():
-            for task in self.tasks():
-                at = out / name / task
-                done = read_result(at)
-                if done is not None and done["weights"] != marks[name]:
-                    raise RunError(
-                        f"{at}: is of other weights than {folder} has; remove {out / name}"
-                    )
-                one = partial(self._one, task, folder, at, config, validation, reasons)
-                run = partial(_marked, one, marks[name])
-                arms.append(Arm(name=f"{task} on {name}", folder=at, run=run))
+        for name, task in product(chosen, self.tasks()):
+            folder, at = models[name], out / name / task
+            done = read_result(at)
+            if done is not None and done["weights"] != marks[name]:
+                raise RunError(f"{at}: is of other weights than {folder} has; remove {out / name}")
+            one = partial(self._one, task, folder, at, config, validation, reasons)
+            run = partial(_marked, one, marks[name])
+            arms.append(Arm(name=f"{task} on {name}", folder=at, run=run))
 
         def report() -> None:
-            folders = {f"{name}/{task}": out / name / task for name in models
-                       for task in self.tasks()}  # fmt: skip
+            pairs = product(models, self.tasks())
+            folders = {f"{name}/{task}": out / name / task for name, task in pairs}
             write_json(out / NOT_RUN, reasons)
             results = collect(out, folders)
             text = f"# Suite {self.suite}\n\n{self.section(base)}\n\n{made_with(results)}\n"
@@ -197,9 +207,11 @@ class Evaluation:
         """The numbers of one task on one model. reasons: why tasks cannot be had, by task."""
         if task in reasons:
             raise NotRunError(reasons[task])
+        clear(torch.device(config.device))  # of the model before
         at.mkdir(parents=True, exist_ok=True)
         asked: dict[str, Any] = {"model": str(folder), "out": str(at / "evaluation.json"),
-                                 "device": config.device, "rows": config.texts}  # fmt: skip
+                                 "device": config.device, "rows": config.texts,
+                                 "dtype": config.dtype}  # fmt: skip
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 if task == PERPLEXITY:
@@ -237,7 +249,12 @@ class Evaluation:
             rows.append([f"**{at.name}**", *map(_cell, values)])
         for row in suite.rows:
             rows.append([row.model, *(["–"] if self.held_out else []), *map(_cell, row.values)])
-        parts = [markdown(rows), f"In bold: models of here. Others: {suite.source}."]
+        parts = [
+            "## Tasks",
+            markdown(rows),
+            f"In bold: models of here. Others: {suite.source}. Answers are greedy; examples "
+            "before a question are drawn as lm-eval draws them, by its own fixed seed.",
+        ]
         if asked["limit"]:
             parts.append(f"**Only the first {asked['limit']} examples of each task.**")
         if reasons:

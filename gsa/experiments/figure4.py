@@ -240,12 +240,12 @@ def _finish(
         picture = f"No plot: {error}."
     notes = [f"- {note}" for note in dict.fromkeys(n for one in documents for n in one["notes"])]
     parts = [f"# {title}", picture, *about, "\n".join(notes)]
-    return "\n\n".join([*filter(None, parts), made_with(results)]) + "\n"
+    return "\n\n".join([*filter(None, parts), made_with(results, 0)]) + "\n"
 
 
 ALONE = (
     "Each architecture was measured by itself, one after another, not in turns: a card that grew "
-    "warmer meanwhile is not told apart. Weights and tokens are random; there is nothing to seed. "
+    "warmer meanwhile is not told apart. Weights and tokens are random. "
     f"transformer++ is transformers' Llama, {OWN}transformer++ the one that gsa train makes."
 )
 

@@ -181,7 +181,8 @@ def reproduce_table3(
 
         signal = run_arms(arms, report=report, command=command, team=team, say=tell)
         if not signal:
-            EVALUATION.run(out, config, command=command, team=team, say=tell)
+            only = [arm.name for arm in arms]
+            EVALUATION.run(out, config, command=command, team=team, say=tell, only=only)
             team.ask_first(report)
         tell(f"report: {out / 'report.md'}")
         return signal
@@ -243,5 +244,5 @@ def report_text(config: Table3Config, results: Mapping[str, Result], tasks: str)
         "Perplexities of the held-out text, in rows of the training length. Curves: each stage's "
         f"folder. Numbers: {RESULTS}.",
     ]
-    parts += [f"## Tasks\n\n{tasks}"] if tasks else []
+    parts += [tasks] if tasks else []
     return "\n\n".join([*parts, made_with(results, config.seed)]) + "\n"

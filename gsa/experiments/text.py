@@ -180,8 +180,10 @@ def reproduce(
 
         signal = run_arms(arms, report=report, command=command, team=team, say=tell)
         if evaluation and not signal and isinstance(config, SuiteConfig):
-            held_out = config.validation
-            evaluation.run(out, config, command=command, team=team, say=tell, validation=held_out)
+            evaluation.run(
+                out, config, command=command, team=team, say=tell,
+                validation=config.validation, only=chosen,
+            )  # fmt: skip
             team.ask_first(report)
         tell(f"report: {out / 'report.md'}")
         return signal

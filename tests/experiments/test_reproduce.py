@@ -108,7 +108,7 @@ def test_table_3_and_table_4_on_its_models(room, capsys):
     assert "- nq_open: data_dir: " in report
     capsys.readouterr()
     assert reproduce("table4", "--device", "cpu", "--models", out, "--out", room / "table4", *local,
-                     "--limit", "1") == 0  # fmt: skip
+                     "--limit", "1", "--dtype", "fp32") == 0  # fmt: skip
     found = json.loads((room / "table4" / "results.json").read_text())
     assert sorted(found["arms"]) == [
         f"{name}/long_quality" for name in ("gsa-ours", "supra-paper", "teacher")
