@@ -139,7 +139,7 @@ def model_keys(arch: str, width: int, protocol: Protocol) -> dict[str, Any]:
 
     Heads, slots and tau are those of the author's sweep (4 heads, d/4 slots, tau 16, scale K^−1/2;
     2 heads for GLA and RetNet, keys of GLA as wide as values); those of abc are gsa's, those of
-    hgrn2, rwkv6, supra and transformer++ (2 heads) ours.
+    hgrn2, rwkv6, supra and transformer++ (2 heads) ours. Others are as ARCHITECTURES has them.
     """
     slots = {
         "num_heads": 4,
@@ -177,7 +177,7 @@ def model_keys(arch: str, width: int, protocol: Protocol) -> dict[str, Any]:
         "eos_token_id": None,
         "max_position_embeddings": protocol.task.seq_len,
         **protocol.model,
-        **own[arch],
+        **(own[arch] if arch in own else ARCHITECTURES[arch]({"hidden_size": width})),
     }
 
 

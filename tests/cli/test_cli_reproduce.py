@@ -28,7 +28,7 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
         (["table9"], "got 'table9'"),
         (["table2"], "data: expected a shard folder"),
         (["table1", "--data", "/no", "--validation", "/no", "--device", "cpu"], "no such folder"),
-        (["figure3a", "--arms", "mistral"], "arms: expected some of gsa"),
+        (["figure3a", "--arms", "mamba2"], "arms: expected some of gsa"),
         (["table3"], "teacher: expected a folder"),
         (["table3", "--plan", "--teacher", "/no"], "teacher: expected a local"),
         (["recall", "--models", "/no"], "models: /no: no such folder"),

@@ -74,7 +74,7 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": ("mistral",)}, "arms: expected some of gsa, abc, gla"),
+        ({"arms": ("mamba2",)}, "arms: expected some of gsa, abc, gla"),
         ({"widths": (20,)}, "widths: expected multiples of 16, got 20"),
         ({"rates": (2.0,)}, "rates: expected numbers between 0 and 1"),
         ({"epochs": -1}, "epochs: expected a number ≥ 0"),
