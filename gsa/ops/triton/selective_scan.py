@@ -74,10 +74,10 @@ def scan_kernel(
         step = load_rows(delta, delta_stride, rows, channels, inside, some, NUMBER)
         added = step * load_rows(x, x_stride, rows, channels, inside, some, NUMBER)
         k = load_rows(write, write_stride, rows, keys, inside, few, NUMBER)
-        faded, memories = tl.associative_scan(
-            (tl.exp(step[:, :, None] * rates[None]), added[:, :, None] * k[:, None, :]), 0, join
-        )
-        memories += faded * held[None]
+        decay = tl.exp(step[:, :, None] * rates[None])
+        added = added[:, :, None] * k[:, None, :]
+        added += tl.where((token == 0)[:, None, None], decay * held[None], 0.0)
+        _, memories = tl.associative_scan((decay, added), 0, join)
         if not KEEP:
             q = load_rows(read, read_stride, rows, keys, inside, few, NUMBER)
             places = output + rows[:, None] * E + channels[None, :]
@@ -127,15 +127,11 @@ def scan_backward_kernel(
         last_step = load_rows(delta, delta_stride, rows - 1, channels, earlier, some, NUMBER)
         last_x = load_rows(x, x_stride, rows - 1, channels, earlier, some, NUMBER)
         last_k = load_rows(write, write_stride, rows - 1, keys, earlier, few, NUMBER)
-        faded, olds = tl.associative_scan(
-            (
-                tl.exp(last_step[:, :, None] * rates[None]),
-                (last_step * last_x)[:, :, None] * last_k[:, None, :],
-            ),
-            0, join,
-        )  # fmt: skip
         held = tl.load(before + (tile + i) * E * K + numbers, mask=present, other=0.0)
-        olds += faded * held[None]
+        last_decay = tl.exp(last_step[:, :, None] * rates[None])
+        last_added = (last_step * last_x)[:, :, None] * last_k[:, None, :]
+        last_added += tl.where((token == 0)[:, None, None], held[None], 0.0)
+        _, olds = tl.associative_scan((last_decay, last_added), 0, join)
         memories = decay * olds + added[:, :, None] * k[:, None, :]
         place = tl.program_id(1).to(tl.int64) * all_tokens + rows
         shares = place[:, None] * K + keys[None, :]
@@ -144,11 +140,10 @@ def scan_backward_kernel(
         # Gradients of the memories: a scan over the tokens after them, in this tile.
         later = (i * TILE + token + 1 < length) & (token < TILE - 1)
         next_step = load_rows(delta, delta_stride, rows + 1, channels, later, some, NUMBER)
-        faded, slopes = tl.associative_scan(
-            (tl.exp(next_step[:, :, None] * rates[None]), d_y[:, :, None] * q[:, None, :]),
-            0, join, reverse=True,
-        )  # fmt: skip
-        slopes += faded * d_held[None]
+        next_decay = tl.exp(next_step[:, :, None] * rates[None])
+        slopes = d_y[:, :, None] * q[:, None, :]
+        slopes += tl.where((token == TILE - 1)[:, None, None], d_held[None], 0.0)
+        _, slopes = tl.associative_scan((next_decay, slopes), 0, join, reverse=True)
         tl.store(d_write + shares, tl.sum(slopes * added[:, :, None], 1), mask=keyed)
         d_added = tl.sum(slopes * k[:, None, :], 2)
         slopes *= decay
