@@ -11,10 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from gsa.layers.gate import LowerBounds, StaticGate
 from gsa.layers.linear_attention import LinearAttention
+from gsa.layers.mamba import Mamba
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.norm import HeadNorm, RMSNorm
 from gsa.layers.options import (
     LinearAttentionOptions,
+    MambaOptions,
     RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
@@ -39,6 +41,7 @@ MIXERS: dict[type, type[Any]] = {
     SlotAttentionOptions: GatedSlotAttention,
     LinearAttentionOptions: LinearAttention,
     RWKV6Options: RWKV6,
+    MambaOptions: Mamba,
     SoftmaxAttentionOptions: SoftmaxAttention,
 }
 """The token mixer of each kind of options."""
@@ -101,6 +104,8 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             bound = module.conv_size**-0.5
             init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, StaticGate):
             init.copy_(module.logits, module.initial_logits())
         elif isinstance(module, LowerBounds):
@@ -108,8 +113,9 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HeadNorm):
             for name, parameter in module.named_parameters():
                 init.constant_(parameter, float(name == "weight"))
-        elif isinstance(module, RWKV6):
-            init.normal_(module.shift_out, mean=0.0, std=std)
+        elif isinstance(module, RWKV6 | Mamba):
+            if isinstance(module, RWKV6):
+                init.normal_(module.shift_out, mean=0.0, std=std)
             for name, value in module.initial().items():
                 init.copy_(module.get_parameter(name), value)
 
