@@ -109,10 +109,10 @@ class Mamba(nn.Module):
 
         Arguments as in `GatedSlotAttention.step_`.
         """
-        *inputs, tail = self._select(projected["v"], layout, state["tail"])
-        output, _ = selective_step(*inputs, state["memory"], inplace=True)
+        u, delta, rate, write, read, tail = self._select(projected["v"], layout, state["tail"])
+        output, _ = selective_step(u, delta, rate, write, read, state["memory"], inplace=True)
         state["tail"].copy_(tail)
-        return self._combine(output, inputs[0], projected["g"])
+        return self._combine(output, u, projected["g"])
 
     def _select(
         self, v_BTE: Tensor, layout: TokenLayout, tail: Tensor | None
@@ -120,14 +120,14 @@ class Mamba(nn.Module):
         """u, Δ (0 at padding, so that it changes nothing), A, B and C; and the tail for later."""
         options = self.options
         K, R = options.key_width, options.gate_low_rank
-        u, tail = self.v_conv(v_BTE, layout, tail)
+        u, after = self.v_conv(v_BTE, layout, tail)
         low, write, read = self.select_proj(u).split([R, K, K], -1)
         dtype = compute_dtype(u.dtype)
         raised = F.linear(low, self.step_proj.weight)
         delta = F.softplus(raised.to(dtype) + self.step_proj.bias.to(dtype))
         if layout.pads is not None:
             delta = delta.masked_fill(layout.pads[..., None], 0.0)
-        return u, delta, -torch.exp(self.log_rate.to(dtype)), write, read, tail
+        return u, delta, -torch.exp(self.log_rate.to(dtype)), write, read, after
 
     def _combine(self, output_BTE: Tensor, u_BTE: Tensor, gate: Tensor) -> Tensor:
         output = output_BTE + self.skip.to(u_BTE.dtype) * u_BTE

@@ -71,7 +71,7 @@ def selective_scan(
     check_impl(impl)
     sizes = check_scan_inputs(x, delta, rate, write, read)
     if cu_seqlens is not None:
-        check_packing(x, cu_seqlens)
+        check_packing(x, cu_seqlens, "x")
     if initial_memory is not None:
         memories = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         letters = "B, E, K" if cu_seqlens is None else "S, E, K"

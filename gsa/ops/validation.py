@@ -181,13 +181,13 @@ def check_cu_seqlens_form(cu_seqlens: Tensor) -> None:
         _fail("cu_seqlens", "shape [S+1] with S >= 1 sequences", list(cu_seqlens.shape))
 
 
-def check_packing(q: Tensor, cu_seqlens: Tensor) -> None:
+def check_packing(q: Tensor, cu_seqlens: Tensor, letter: str = "q") -> None:
     """Form and placement always; contents when they can be read without waiting for a device."""
     check_cu_seqlens_form(cu_seqlens)
     if q.shape[0] != 1:
-        _fail("q", "batch size B = 1 with cu_seqlens (sequences packed in one row)", q.shape[0])
+        _fail(letter, "batch size B = 1 with cu_seqlens (sequences packed in one row)", q.shape[0])
     if cu_seqlens.device != q.device and cu_seqlens.device.type != "cpu":
-        _fail("cu_seqlens", f"device cpu or {q.device} (that of q)", cu_seqlens.device)
+        _fail("cu_seqlens", f"device cpu or {q.device} (that of {letter})", cu_seqlens.device)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, q.shape[1])
 

@@ -66,7 +66,9 @@ def test_logits_and_gradients_are_those_of_transformers(monkeypatch):
     for one in logits:
         (one * d).sum().backward()
     for own, block in zip(model.model.layers, theirs.backbone.layers, strict=True):
-        pairs = [(own.attn.get_parameter(n), block.mixer.get_parameter(m)) for n, m in NAMES.items()]
+        pairs = [
+            (own.attn.get_parameter(n), block.mixer.get_parameter(m)) for n, m in NAMES.items()
+        ]
         pairs.append((own.attn_norm.weight, block.norm.weight))
         for ours, other in pairs:
             torch.testing.assert_close(ours.grad, other.grad, rtol=1e-10, atol=1e-9)

@@ -42,7 +42,8 @@ def evaluate(function, inputs, **options):
     """Results, and gradients of all inputs from both, by name."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     output, memory = function(**leaves, **options)
-    d = normal(*output.shape, seed=7), normal(*memory.shape, seed=8)
+    d = normal(*output.shape, seed=7, dtype=torch.bfloat16), normal(*memory.shape, seed=8)
+    d = d[0].to(output), d[1].float().to(memory)  # of few digits, so that all get the same
     grads = torch.autograd.grad((output, memory), tuple(leaves.values()), d)
     return {"output": output, "memory": memory} | dict(zip(leaves, grads, strict=True))
 
@@ -65,3 +66,108 @@ def test_it_is_linear_attention_of_a_head_per_channel(impl, shape, memories, bou
     assert got.keys() == expected.keys()
     for name, x in expected.items():
         assert (got[name] - x).abs().max() <= 1e-13 * max(1.0, x.abs().max()), name
+
+
+def low_precision(inputs, dtype):
+    """x, write and read in a dtype, the rest in fp32, as layers have them; and the same in fp64."""
+    wide = ("delta", "rate", "initial_memory")
+    low = {n: x.to(torch.float32 if n in wide else dtype) for n, x in inputs.items()}
+    return low, {name: x.double() for name, x in low.items()}
+
+
+def assert_near(got, exact, dtype):
+    """Results are rounded once to their dtype; what comes before is fp32, within 64 of its eps."""
+    for name, x in exact.items():
+        eps = torch.finfo(got[name].dtype).eps + 64 * torch.finfo(torch.float32).eps
+        error = (got[name].double() - x).abs().max() / x.abs().max()
+        assert error <= eps, (name, float(error))
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_inside_all_is_fp32(impl, dtype):
+    if impl == "triton":
+        pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    low, exact = low_precision(make_inputs(1, 20, 3, 2, 1), dtype)
+    low = {name: x.to(device) for name, x in low.items()}
+    got = {name: x.cpu() for name, x in evaluate(selective_scan, low, impl=impl).items()}
+    assert got["output"].dtype == got["x"].dtype == got["write"].dtype == dtype
+    assert got["memory"].dtype == got["delta"].dtype == got["rate"].dtype == torch.float32
+    assert_near(got, evaluate(as_linear_attention, exact), dtype)
+
+
+def test_a_segment_s_end_and_a_step_go_on_with_the_memory():
+    """The torch form across its segments, cut anywhere, and token by token."""
+    T = 2 * SEGMENT + 5
+    inputs = make_inputs(2, T, 3, 2, 2)
+    whole = selective_scan(**inputs)
+    exact = as_linear_attention(**inputs)
+    torch.testing.assert_close(tuple(whole), exact, rtol=1e-11, atol=1e-12)
+    tokens = {name: x for name, x in inputs.items() if x.dim() == 3 and name != "initial_memory"}
+    rate, memory = inputs["rate"], inputs["initial_memory"]
+    for part in (slice(0, SEGMENT), slice(SEGMENT, SEGMENT), slice(SEGMENT, T - 2)):
+        some = {name: x[:, part] for name, x in tokens.items()}
+        output, memory = selective_scan(**some, rate=rate, initial_memory=memory)
+        torch.testing.assert_close(output, whole.output[:, part], rtol=1e-11, atol=1e-12)
+    for t in (T - 2, T - 1):
+        one = {name: x[:, t : t + 1] for name, x in tokens.items()}
+        before = memory.clone()
+        output, after = selective_step(**one, rate=rate, memory=memory)
+        assert torch.equal(memory, before)
+        same = selective_step(**one, rate=rate, memory=memory, inplace=True)
+        assert same.memory is memory and torch.equal(memory, after)
+        torch.testing.assert_close(output, whole.output[:, t : t + 1], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(memory, whole.memory, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_its_operators_are_honest(triton):
+    if triton:
+        pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
+    device = "cuda" if triton and torch.cuda.is_available() else "cpu"
+    low, _ = low_precision(make_inputs(1, 5, 2, 1, 2), torch.bfloat16)
+    tensors = [low[name].to(device).requires_grad_() for name in INPUTS]
+    bounds = torch.tensor([0, 2, 5], device=device)
+    torch.library.opcheck(torch.ops.gsa.selective_scan.default, (*tensors, bounds, triton))
+    plain = [x.detach() for x in tensors]
+    torch.library.opcheck(
+        torch.ops.gsa.selective_scan_backward.default,
+        (*plain, bounds, plain[0], plain[-1], triton),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 3)}, r"x: expected 3 dimensions \[B, T, E\]"),
+        ({"delta": torch.ones(2, 7, 5)}, r"delta: expected shape \[B, T, E\]"),
+        ({"rate": torch.ones(4, 3)}, r"rate: expected dtype torch.float64"),
+        ({"read": torch.ones(2, 7, 2).double()}, r"read: expected shape \[B, T, K\]"),
+        ({"initial_memory": torch.ones(1, 4, 3).double()}, r"initial_memory: expected shape"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, "x: expected batch size B = 1 with cu_seqlens"),
+        ({"impl": "fast"}, "impl: expected one of auto"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**(make_inputs(2, 7, 4, 3) | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_kernels_at_a_model_s_size(packed, dtype):
+    """Within rounding of the definition in fp64; the same bits again; a row's own beside others."""
+    low, exact = low_precision(make_inputs(1 if packed else 3, 300, 72, 16), dtype)
+    low = {name: x.cuda() for name, x in low.items()}
+    bounds = torch.tensor([0, 1, 1, 170, 300], dtype=torch.int32, device="cuda") if packed else None
+    got = evaluate(selective_scan, low, cu_seqlens=bounds, impl="triton")
+    again = evaluate(selective_scan, low, cu_seqlens=bounds, impl="triton")
+    assert all(torch.equal(x, again[name]) for name, x in got.items())
+    expected = evaluate(as_linear_attention, exact, cu_seqlens=None if not packed else bounds.cpu())
+    assert_near({name: x.cpu() for name, x in got.items()}, expected, dtype)
+    if not packed:
+        alone = {name: x if name == "rate" else x[1:2] for name, x in low.items()}
+        output, memory = selective_scan(**alone, impl="triton")
+        assert torch.equal(output, got["output"][1:2]) and torch.equal(memory, got["memory"][1:2])

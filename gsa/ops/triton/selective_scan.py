@@ -3,7 +3,7 @@
 Nothing of T · E · K numbers is written: a tile of tokens is decayed, scanned, and read in
 registers, a thread holding one memory's number at all tokens of the tile. Backward, a walk forward
 leaves the memories before each tile, and a walk back from tile to tile scans both ways. What
-programs of other channels add to the gradients of write and read is summed afterwards, in one order.
+programs of other channels add to the gradients of write and read is summed afterwards, in order.
 """
 
 # Triton's types do not describe what may stand in a kernel or be passed to one.
@@ -227,7 +227,7 @@ def scan_gradients(
     launch = Launch((x, delta, write, read), rate, bounds)
     tokens, E, K = launch.B * launch.T, launch.E, launch.K
     d_x, d_delta = x.new_empty(x.shape), delta.new_empty(delta.shape)
-    d_rates, d_initial = rate.new_empty(2, launch.sequences, E, K).unbind(0)
+    d_rates, d_initial = (rate.new_empty(launch.sequences, E, K) for _ in range(2))
     shares = rate.new_empty(2, launch.blocks, tokens, K)
     if launch.sequences:
         before = rate.new_empty(tokens // TILE + launch.sequences, E, K)
