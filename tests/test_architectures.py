@@ -9,7 +9,7 @@ from gsa.cli import main
 from gsa.data import PrepareConfig, prepare
 from gsa.layers.options import LinearAttentionOptions, SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
-from gsa.model.cost import count_parameters, state_bytes
+from gsa.model.cost import count_parameters, kv_cache_bytes, state_bytes
 from gsa.recipes import RECIPES
 from gsa.training.metrics import read_metrics
 
@@ -38,6 +38,7 @@ def test_states_at_1_3b_are_those_of_the_paper():
     assert state_bytes(config_of("rwkv6", "1.3b"), 2048) == 24 * 2048 * (64 * 4 + 2)
     mamba = config_of("mamba", "1.3b")
     assert state_bytes(mamba, 2048) == mamba.num_hidden_layers * 2 * 2048 * (16 * 4 + 3 * 2)
+    assert kv_cache_bytes(mamba, 9) == mamba.num_hidden_layers / 2 * 2 * 2048 * 9 * 2
     heads = {arch: config_of(arch, "1.3b").mixer_options(0) for arch in ARCHITECTURES}
     assert isinstance(heads["gla"], LinearAttentionOptions)
     assert (heads["gla"].key_width, heads["gla"].value_width) == (256, 512)
