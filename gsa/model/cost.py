@@ -161,8 +161,8 @@ def state_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bfloa
 def kv_cache_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of keys and values that a Transformer of the same heads, widths and layers would keep.
 
-    Softmax layers of a hybrid count as they are, but without their windows. Mamba has no such heads:
-    two of its blocks count as one of a Transformer of its width.
+    Softmax layers of a hybrid count as they are, but without their windows. Mamba has no such
+    heads: two of its blocks count as one of a Transformer of its width.
     """
     numbers = 0
     for one in _layers(config):

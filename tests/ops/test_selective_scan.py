@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gsa.ops import gated_linear_attention, selective_scan, selective_step
-from gsa.ops.selective_scan import SEGMENT
+from gsa.ops.selective_scan import SEGMENT, scan_backward, scan_forward
 
 INPUTS = ("x", "delta", "rate", "write", "read", "initial_memory")
 PACKED = torch.tensor([0, 0, 17, 18, 18, 37], dtype=torch.int32)
@@ -48,6 +48,7 @@ def evaluate(function, inputs, **options):
     return {"output": output, "memory": memory} | dict(zip(leaves, grads, strict=True))
 
 
+@pytest.mark.usefixtures("in_bounds")
 @pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
 @pytest.mark.parametrize(
     ("shape", "memories", "bounds"),
@@ -119,6 +120,19 @@ def test_a_segment_s_end_and_a_step_go_on_with_the_memory():
         assert same.memory is memory and torch.equal(memory, after)
         torch.testing.assert_close(output, whole.output[:, t : t + 1], rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(memory, whole.memory, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("in_bounds")
+def test_bounds_that_lie_reach_no_memory_but_the_row_s():
+    """On a device they are trusted; `in_bounds` (a GPU's compute-sanitizer) sees what is touched."""
+    pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
+    low, _ = low_precision(make_inputs(1, 20, 3, 2, 3), torch.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [low[name].to(device) for name in INPUTS]
+    bounds = torch.tensor([-4, 30, 2, 90], device=device)
+    output, memory = scan_forward(*tensors, bounds, True)
+    assert output.shape == tensors[0].shape and memory.shape == tensors[-1].shape
+    assert len(scan_backward(*tensors, bounds, output, memory, True)) == 6
 
 
 @pytest.mark.parametrize("triton", [False, True])
