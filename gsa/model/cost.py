@@ -99,11 +99,12 @@ class TrainingBytes:
 def count_parameters(config: GSAConfig) -> Parameters:
     """The numbers that `GSAForCausalLM(config)` has, exactly."""
     D, W = config.hidden_size, config.vocab_size
+    norms = 2 if config.mlp_width else 1
     mixers = sum(_projections(one) + _small_parameters(one) for one in _layers(config))
     mixers += config.num_hidden_layers * (config.lower_bound_width or 0)
     return Parameters(
         embeddings=W * D,
-        blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + 2 * D),
+        blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + norms * D),
         norm=D,
         head=0 if config.tie_word_embeddings else W * D,
     )

@@ -48,7 +48,7 @@ MIXERS: dict[type, type[Any]] = {
 
 
 class GSABlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then + MLP(norm(·)): the pre-norm block of paper Figure 2."""
+    """x + mixer(norm(x)), then + MLP(norm(·)), if any: the pre-norm block of paper Figure 2."""
 
     def __init__(self, config: GSAConfig, layer: int):
         super().__init__()
@@ -56,7 +56,8 @@ class GSABlock(GradientCheckpointingLayer):
         options = config.mixer_options(layer)
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = MIXERS[type(options)](options)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        has_mlp = config.mlp_width > 0
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, affine=has_mlp)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 
     def forward(
@@ -72,7 +73,7 @@ class GSABlock(GradientCheckpointingLayer):
         if past_key_values is not None:
             past_key_values.advance(self.layer, mixed)
         x_BTD = x_BTD + mixed.output
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD if self.mlp.absent else x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class GSAPreTrainedModel(PreTrainedModel):

@@ -25,7 +25,7 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
         (["table9"], "got 'table9'"),
         (["table2"], "data: expected a shard folder"),
         (["rivals", "--data", "/no", "--validation", "/no", "--device", "cpu"], "no such folder"),
-        (["figure3a", "--arms", "mamba"], "arms: expected some of gsa"),
+        (["figure3a", "--arms", "mamba2"], "arms: expected some of gsa"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):

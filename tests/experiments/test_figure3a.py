@@ -22,7 +22,7 @@ def test_every_model_of_the_sweep_exists(arch, width):
     if arch == "gsa":
         options = config.mixer_options(0)
         assert (options.slots, options.num_heads, options.scale) == (width // 4, 4, "rsqrt_key")
-        per_layer = 4 * width * width + 4 * width * width // 4 + 2 * width + width
+        per_layer = 4 * width * width + 4 * width * width // 4 + width + width
         assert count_parameters(config).total == 8192 * width + 4 * per_layer + width
 
 
@@ -74,7 +74,7 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"arms": ("mamba",)}, "arms: expected some of gsa, abc, gla"),
+        ({"arms": ("mamba2",)}, "arms: expected some of gsa, abc, gla"),
         ({"widths": (20,)}, "widths: expected multiples of 16, got 20"),
         ({"rates": (2.0,)}, "rates: expected numbers between 0 and 1"),
         ({"epochs": -1}, "epochs: expected a number ≥ 0"),

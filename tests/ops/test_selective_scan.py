@@ -124,7 +124,7 @@ def test_a_segment_s_end_and_a_step_go_on_with_the_memory():
 
 @pytest.mark.usefixtures("in_bounds")
 def test_bounds_that_lie_reach_no_memory_but_the_row_s():
-    """On a device they are trusted; `in_bounds` (a GPU's compute-sanitizer) sees what is touched."""
+    """On a device they are trusted; `in_bounds` (there compute-sanitizer) sees what is touched."""
     pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
     low, _ = low_precision(make_inputs(1, 20, 3, 2, 3), torch.float32)
     device = "cuda" if torch.cuda.is_available() else "cpu"
