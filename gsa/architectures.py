@@ -1,6 +1,7 @@
 """The paper's rivals sized alike: from a GSA recipe's keys to those of another architecture.
 
 Layers, width and vocabulary stay; the MLP's width is chosen so that the parameters are as many.
+Mamba, which has no MLP, has about twice the layers instead.
 """
 
 import math
@@ -62,6 +63,19 @@ def rwkv6(keys: Keys) -> Keys:
     }
 
 
+def mamba(keys: Keys) -> Keys:
+    """Mamba (arXiv 2312.00752): 2 D channels of 16 numbers, Δ of rank D / 16, no MLP."""
+    D = keys["hidden_size"]
+    return {
+        "mixer": "mamba",
+        "num_heads": 2 * D,
+        "head_dim": 1,
+        "expand_k": 16,
+        "gate_low_rank": -(-D // 16),
+        "intermediate_size": 0,
+    }
+
+
 def supra(keys: Keys) -> Keys:
     """SUPRA's linear attention (arXiv 2405.06640) in a Transformer's heads."""
     return {
@@ -111,6 +125,7 @@ ARCHITECTURES: dict[str, Callable[[Keys], Keys]] = {
     "retnet": retnet,
     "hgrn2": hgrn2,
     "rwkv6": rwkv6,
+    "mamba": mamba,
     "supra": supra,
     "transformer++": transformer,
     "mistral": mistral,
@@ -121,7 +136,8 @@ def sized_alike(name: str, keys: Keys) -> Keys:
     """Keys of the architecture `name` with as many parameters as the GSA model of `keys` has.
 
     What is said of the width, layers, norms, vocabulary and ties is kept. Where MLPs take up the
-    difference, their width is a multiple of 64 (of 8 in models narrower than 256).
+    difference, their width is a multiple of 64 (of 8 in models narrower than 256); an architecture
+    without MLPs has as many layers as come nearest.
 
     Raises:
         ValueError: no such architecture, or mixers so large that no MLP is left.
@@ -131,17 +147,25 @@ def sized_alike(name: str, keys: Keys) -> Keys:
     if name == "gsa":
         return keys
     from gsa.model import GSAConfig
-    from gsa.model.config import MIXER_KEYS
+    from gsa.model.config import MIXER_KEYS, NOT_READ
     from gsa.model.cost import count_parameters
 
+    own = ARCHITECTURES[name](keys)
     shared = {"hidden_size", "norm_eps", "output_norm_eps", "elementwise_affine"}
-    found = {key: x for key, x in keys.items() if key not in MIXER_KEYS or key in shared}
-    found |= ARCHITECTURES[name](keys)
+    shared -= set(NOT_READ.get(own.get("mixer", ""), ()))
+    found = {key: x for key, x in keys.items() if key not in MIXER_KEYS or key in shared} | own
+
+    def size(changed: Keys) -> int:
+        return count_parameters(GSAConfig(**changed)).total
+
     D, L = keys["hidden_size"], keys["num_hidden_layers"]
+    if own.get("intermediate_size") == 0:
+        each = size(found | {"num_hidden_layers": L + 1}) - size(found)
+        found["num_hidden_layers"] += round((size(keys) - size(found)) / each)
+        return found
     step = 64 if D >= 256 else 8
     found["intermediate_size"] = GSAConfig(**keys).mlp_width
-    missing = count_parameters(GSAConfig(**keys)).total - count_parameters(GSAConfig(**found)).total
-    found["intermediate_size"] += step * round(missing / (3 * D * L * step))
+    found["intermediate_size"] += step * round((size(keys) - size(found)) / (3 * D * L * step))
     if found["intermediate_size"] < step:
         raise ValueError(f"arch: expected mixers smaller than the whole model, got {name} at {D}")
     return found

@@ -9,7 +9,7 @@ from gsa.cli import main
 from gsa.data import PrepareConfig, prepare
 from gsa.layers.options import LinearAttentionOptions, SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
-from gsa.model.cost import count_parameters, state_bytes
+from gsa.model.cost import count_parameters, kv_cache_bytes, state_bytes
 from gsa.recipes import RECIPES
 from gsa.training.metrics import read_metrics
 
@@ -30,11 +30,15 @@ def test_parameters_are_as_many_within_two_percent(arch, size):
 
 def test_states_at_1_3b_are_those_of_the_paper():
     """Appendix C, in numbers per layer: GSA and HGRN2 128 d, GLA 256 d, RetNet 512 d. RWKV6, whose
-    heads are of 64, keeps its last input (in bf16) too."""
+    heads are of 64, keeps its last input (in bf16) too; Mamba, twice as deep, 64 d in two layers
+    and three tokens of its convolution."""
     for arch, per_width in (("gsa", 128), ("hgrn2", 128), ("gla", 256), ("retnet", 512)):
         config = config_of(arch, "1.3b")
         assert state_bytes(config, 2048) == 24 * per_width * 2048 * 4, arch
     assert state_bytes(config_of("rwkv6", "1.3b"), 2048) == 24 * 2048 * (64 * 4 + 2)
+    mamba = config_of("mamba", "1.3b")
+    assert state_bytes(mamba, 2048) == mamba.num_hidden_layers * 2 * 2048 * (16 * 4 + 3 * 2)
+    assert kv_cache_bytes(mamba, 9) == mamba.num_hidden_layers / 2 * 2 * 2048 * 9 * 2
     heads = {arch: config_of(arch, "1.3b").mixer_options(0) for arch in ARCHITECTURES}
     assert isinstance(heads["gla"], LinearAttentionOptions)
     assert (heads["gla"].key_width, heads["gla"].value_width) == (256, 512)
@@ -56,7 +60,7 @@ def test_mistral_groups_heads_and_keeps_what_its_window_sees():
 def test_what_cannot_be_is_refused():
     keys = RECIPES["34m"]().model
     with pytest.raises(ValueError, match="arch: expected one of gsa, abc, gla"):
-        sized_alike("mamba", keys)
+        sized_alike("mamba2", keys)
     with pytest.raises(ValueError, match="arch: expected mixers smaller than the whole model"):
         sized_alike("retnet", keys | {"intermediate_size": 64})
 
@@ -94,7 +98,7 @@ def test_a_rival_s_run_is_not_gone_on_with_as_another(shards, tmp_path, capsys):
     assert main([*command, "--arch", "gla"]) == 0
     assert main([*command, "--arch", "retnet"]) == 2
     assert "model" in capsys.readouterr().err
-    assert main([*command, "--arch", "mamba"]) == 2
+    assert main([*command, "--arch", "mamba2"]) == 2
     assert "error: arch: expected one of gsa, abc, gla" in capsys.readouterr().err
     assert main([*command, "--arch", "gla", "--init", str(run)]) == 2
     assert "error: arch: expected none with init" in capsys.readouterr().err

@@ -43,6 +43,15 @@ VARIANTS = {
         "value_activation": "identity",
     },
     "rwkv6": {"mixer": "rwkv6", "expand_v": 2, "gate_low_rank": 3, "shift_low_rank": 2},
+    "mamba": {
+        "mixer": "mamba",
+        "num_heads": 20,
+        "head_dim": 1,
+        "expand_k": 3,
+        "gate_low_rank": 2,
+        "conv_size": 3,
+        "intermediate_size": 0,
+    },
     "supra": {
         "mixer": "retnet",
         "num_kv_heads": 2,

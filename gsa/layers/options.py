@@ -144,8 +144,8 @@ class SlotAttentionOptions(MemoryOptions):
                 check_positive_int(name, getattr(self, name))
         check_choice("gate", self.gate, GATES)
         check_choice("slot_activation", self.slot_activation, SLOT_ACTIVATIONS)
-        if self.use_short_conv and (not isinstance(self.conv_size, int) or self.conv_size < 2):
-            raise ValueError(f"conv_size: expected a whole number >= 2, got {self.conv_size!r}")
+        if self.use_short_conv:
+            check_conv_size(self.conv_size)
         if self.gate_bias and self.gate == "data_independent":
             raise ValueError("gate_bias: expected False with gate data_independent, which is one")
         self._check_window()
@@ -202,6 +202,29 @@ class RWKV6Options(LinearAttentionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive_int("shift_low_rank", self.shift_low_rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaOptions(LinearAttentionOptions):
+    """Sizes of a `Mamba`: num_heads channels are heads of width 1, with K = expand_k numbers of
+    memory each. Of what is inherited it reads gate_low_rank besides, the rank of Δ's weights."""
+
+    conv_size: int = 4
+    """Taps of the convolution."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_dim != 1 or self.value_width != 1:
+            raise ValueError(
+                "head_dim: expected 1 with expand_v 1 (each of num_heads channels of Mamba is a "
+                f"head), got {self.head_dim} with {self.expand_v}"
+            )
+        check_conv_size(self.conv_size)
+
+    @property
+    def channels(self) -> int:
+        """E."""
+        return self.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +291,11 @@ def check_positive_int(name: str, value: object) -> None:
 def check_positive_number(name: str, value: object) -> None:
     if not is_number(value) or not float(str(value)) > 0:
         raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def check_conv_size(value: object) -> None:
+    if not isinstance(value, int) or value < 2:
+        raise ValueError(f"conv_size: expected a whole number >= 2, got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from gsa.layers.token_layout import TokenLayout
 
 
 class ShortConvolution(nn.Module):
-    """y_t = swish(Σ_j weight[:, 0, conv_size-1-j] · x_{t-j}), j < conv_size, by channel.
+    """y_t = swish(Σ_j weight[:, 0, conv_size-1-j] · x_{t-j} + bias), j < conv_size, by channel.
 
     `t-j` counts real tokens of the same sequence: padding is stepped over, and nothing crosses the
     border of a packed document. Weight [width, 1, conv_size], oldest tap first, as fla stores it.
@@ -16,16 +16,20 @@ class ShortConvolution(nn.Module):
     Args:
         width: number of channels.
         conv_size: taps, >= 2; the tail to carry between calls is [B, conv_size-1, width].
+        bias: whether there is one.
     """
 
-    def __init__(self, width: int, conv_size: int):
+    def __init__(self, width: int, conv_size: int, *, bias: bool = False):
         super().__init__()
         self.conv_size = conv_size
         self.weight = nn.Parameter(torch.empty(width, 1, conv_size))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.weight, -(self.conv_size**-0.5), self.conv_size**-0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self, x_BTD: Tensor, layout: TokenLayout, tail: Tensor | None = None
@@ -41,6 +45,7 @@ class ShortConvolution(nn.Module):
             if position_T is not None:
                 shifted = shifted * (position_T >= j)[:, None].to(shifted.dtype)
             y = y + shifted * tap_KD[j]
+        y = y if self.bias is None else y + self.bias
         if order is not None:
             y = torch.zeros_like(y).scatter(1, order[..., None].expand_as(y), y)
         return F.silu(y).to(x_BTD.dtype), _last_real_tokens(history, layout.pads, self.conv_size)

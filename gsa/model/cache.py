@@ -13,9 +13,11 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from gsa.layers.linear_attention import replay_linear
+from gsa.layers.mamba import replay_mamba
 from gsa.layers.mixer import MixerOutput, State
 from gsa.layers.options import (
     LinearAttentionOptions,
+    MambaOptions,
     RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
@@ -29,6 +31,7 @@ REPLAYS: dict[type, Callable[..., State]] = {
     SlotAttentionOptions: replay_slots,
     LinearAttentionOptions: replay_linear,
     RWKV6Options: replay_rwkv6,
+    MambaOptions: replay_mamba,
     SoftmaxAttentionOptions: replay_window,
 }
 """How each kind of layer makes its state again from recorded steps."""
@@ -48,8 +51,8 @@ class LayerCache:
 
     @property
     def memory(self) -> Tensor | None:
-        """The slot memory [B, G, M, K+V], or a linear mixer's [B, G, K, V]; None before the first
-        token and in softmax layers."""
+        """The slot memory [B, G, M, K+V], a linear mixer's [B, G, K, V] or Mamba's [B, E, K]; None
+        before the first token and in softmax layers."""
         return None if self.state is None else self.state.get("memory")
 
     def advance(self, state: State, step: State, *, record: bool) -> None:
@@ -95,8 +98,8 @@ class GSACache(Cache):
     """The state of a whole model: `layers[i].state`, tensors by name, batch first.
 
     Slot layers hold a memory, with an abc gate its normaliser, with short convolutions their
-    tails; layers of linear attention hold a memory, RWKV6's their last input too: sizes that do not
-    depend on how much was read.
+    tails; layers of linear attention hold a memory, RWKV6's their last input too, Mamba's the tail
+    of its convolution: sizes that do not depend on how much was read.
     Softmax layers of a hybrid hold keys and values, with a window at most window_size - 1 of them.
 
     Args:

@@ -7,6 +7,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from gsa.layers.options import (
     LinearAttentionOptions,
+    MambaOptions,
     RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
@@ -51,6 +52,7 @@ DECAYS = {
     "retnet": "fixed",
     "hgrn2": "tied",
     "rwkv6": "data_dependent",
+    "mamba": "data_dependent",
 }
 """What the memory of each linear mixer forgets by."""
 
@@ -64,6 +66,11 @@ NOT_READ = {
         *("gate_logit_normalizer", "num_kv_heads", "value_activation", "scale", "output_gate"),
         *_QK,
     ),
+    "mamba": (
+        *("gate_logit_normalizer", "num_kv_heads", "value_activation", "scale", "output_gate"),
+        *("expand_v", "elementwise_affine"),
+        *_QK,
+    ),
 }
 """Fields of its options that a linear mixer has no use for."""
 
@@ -71,7 +78,7 @@ MIXERS = ("gsa", *DECAYS)
 
 MIXER_KEYS = frozenset(
     field.name
-    for kind in (SlotAttentionOptions, RWKV6Options)
+    for kind in (SlotAttentionOptions, RWKV6Options, MambaOptions)
     for field in fields(kind)
     if field.name != "decay"
 )
@@ -86,11 +93,11 @@ class GSAConfig(PreTrainedConfig):
     Accepts the configs of the published `fla-hub/gsa-*` checkpoints as they are. Every field below
     changes the model or is refused; keys known to do nothing (`DEAD_KEYS`) are dropped; any other
     unknown key raises ValueError. The fields of the token mixer are described in
-    `gsa.layers.options`, `SlotAttentionOptions`, `LinearAttentionOptions` and
-    `RWKV6Options`. The rest:
+    `gsa.layers.options`, `SlotAttentionOptions`, `LinearAttentionOptions`,
+    `RWKV6Options` and `MambaOptions`. The rest:
 
-        mixer: gsa, or gated linear attention in its place as in gla, retnet, hgrn2 or
-            rwkv6 (see docs/rivals.md); fields that the chosen one does not have must be left alone.
+        mixer: gsa, or gated linear attention in its place as in gla, retnet, hgrn2, rwkv6 or
+            mamba (see docs/rivals.md); fields that the chosen one does not have must be left alone.
         hidden_ratio, intermediate_size: the MLP's width F; where intermediate_size is None, two
             thirds of hidden_size · hidden_ratio, rounded up to a multiple of 256. An
             intermediate_size of 0 leaves the MLP out.
@@ -266,7 +273,8 @@ class GSAConfig(PreTrainedConfig):
         return names - set(NOT_READ[self.mixer])
 
     def _linear_kind(self) -> type[LinearAttentionOptions]:
-        return RWKV6Options if self.mixer == "rwkv6" else LinearAttentionOptions
+        kinds = {"rwkv6": RWKV6Options, "mamba": MambaOptions}
+        return kinds.get(self.mixer, LinearAttentionOptions)
 
     def _check_attention_layers(self) -> None:
         seen: set[int] = set()

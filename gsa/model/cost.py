@@ -9,7 +9,8 @@ The slot memory counts as the recurrence that defines it, per token and layer
     H · 2·M·(K+V)   two reads: memory[:, :K] · q and weightsᵀ · memory[:, K:]
     G · 2·M·(K+V)   one write: memory + w ⊗ [k ; v]
 
-and the memory of gated linear attention as (H + G) · 2·K·V, a read and a write.
+and the memory of gated linear attention as (H + G) · 2·K·V, a read and a write; Mamba's has a head
+of V = 1 for each channel.
 
 Products within chunks, memories computed again and recomputed activations belong to an
 implementation, not to the model (docs/decisions.md).
@@ -23,6 +24,7 @@ import torch
 
 from gsa.layers.options import (
     LinearAttentionOptions,
+    MambaOptions,
     RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
@@ -97,11 +99,12 @@ class TrainingBytes:
 def count_parameters(config: GSAConfig) -> Parameters:
     """The numbers that `GSAForCausalLM(config)` has, exactly."""
     D, W = config.hidden_size, config.vocab_size
+    norms = 2 if config.mlp_width else 1
     mixers = sum(_projections(one) + _small_parameters(one) for one in _layers(config))
     mixers += config.num_hidden_layers * (config.lower_bound_width or 0)
     return Parameters(
         embeddings=W * D,
-        blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + 2 * D),
+        blocks=mixers + config.num_hidden_layers * (3 * D * config.mlp_width + norms * D),
         norm=D,
         head=0 if config.tie_word_embeddings else W * D,
     )
@@ -159,10 +162,14 @@ def state_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bfloa
 def kv_cache_bytes(config: GSAConfig, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Bytes of keys and values that a Transformer of the same heads, widths and layers would keep.
 
-    Softmax layers of a hybrid count as they are, but without their windows.
+    Softmax layers of a hybrid count as they are, but without their windows. Mamba has no such
+    heads: two of its blocks count as one of a Transformer of its width.
     """
     numbers = 0
     for one in _layers(config):
+        if isinstance(one, MambaOptions):
+            numbers += one.hidden_size
+            continue
         softmax = isinstance(one, SoftmaxAttentionOptions)
         numbers += one.kv_heads * (2 * one.width if softmax else one.key_width + one.value_width)
     return numbers * tokens * dtype.itemsize
@@ -260,6 +267,9 @@ def _projections(options: MixerOptions) -> int:
     if isinstance(options, SoftmaxAttentionOptions):
         return 2 * D * (H + G) * options.width
     K, V = options.key_width, options.value_width
+    if isinstance(options, MambaOptions):
+        E, R = options.channels, options.gate_low_rank
+        return 3 * D * E + E * (R + 2 * K) + R * E
     gated = options.output_gate or isinstance(options, RWKV6Options)
     qkvo = D * (H + G) * (K + V) + (D * H * V if gated else 0)
     if isinstance(options, RWKV6Options):
@@ -319,6 +329,9 @@ def _linear_parameters(options: LinearAttentionOptions) -> int:
         D, K, V = options.hidden_size, options.key_width, options.value_width
         normed = 2 * V if options.elementwise_affine else 0
         return 6 * D + options.num_heads * (2 * K + normed)
+    if isinstance(options, MambaOptions):
+        # log_rate; the convolution with its bias; skip and the bias of steps
+        return options.channels * (options.key_width + options.conv_size + 1 + 2)
     bias = options.kv_heads * options.key_width if options.decay == "data_dependent" else 0
     normed = options.value_width * (options.num_heads if options.decay == "tied" else 1)
     return bias + (normed if options.elementwise_affine else 0)
@@ -348,6 +361,8 @@ def _state_bytes(options: MixerOptions, tokens: int, dtype: torch.dtype) -> int:
     X, numbers = options.key_width + options.value_width, G * _memory_numbers(options)
     if isinstance(options, LinearAttentionOptions):
         tail = options.hidden_size if isinstance(options, RWKV6Options) else 0
+        if isinstance(options, MambaOptions):
+            tail = (options.conv_size - 1) * options.channels
         return numbers * compute_dtype(dtype).itemsize + tail * dtype.itemsize
     if options.gate in ("abc", "abc_printed"):
         numbers += G * options.slots

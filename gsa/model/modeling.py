@@ -11,10 +11,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from gsa.layers.gate import LowerBounds, StaticGate
 from gsa.layers.linear_attention import LinearAttention
+from gsa.layers.mamba import Mamba
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.norm import HeadNorm, RMSNorm
 from gsa.layers.options import (
     LinearAttentionOptions,
+    MambaOptions,
     RWKV6Options,
     SlotAttentionOptions,
     SoftmaxAttentionOptions,
@@ -39,13 +41,14 @@ MIXERS: dict[type, type[Any]] = {
     SlotAttentionOptions: GatedSlotAttention,
     LinearAttentionOptions: LinearAttention,
     RWKV6Options: RWKV6,
+    MambaOptions: Mamba,
     SoftmaxAttentionOptions: SoftmaxAttention,
 }
 """The token mixer of each kind of options."""
 
 
 class GSABlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x)), then + MLP(norm(·)): the pre-norm block of paper Figure 2."""
+    """x + mixer(norm(x)), then + MLP(norm(·)), if any: the pre-norm block of paper Figure 2."""
 
     def __init__(self, config: GSAConfig, layer: int):
         super().__init__()
@@ -53,7 +56,8 @@ class GSABlock(GradientCheckpointingLayer):
         options = config.mixer_options(layer)
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = MIXERS[type(options)](options)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        has_mlp = config.mlp_width > 0
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, affine=has_mlp)
         self.mlp = SwiGLU(config.hidden_size, config.mlp_width)
 
     def forward(
@@ -69,7 +73,7 @@ class GSABlock(GradientCheckpointingLayer):
         if past_key_values is not None:
             past_key_values.advance(self.layer, mixed)
         x_BTD = x_BTD + mixed.output
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD if self.mlp.absent else x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class GSAPreTrainedModel(PreTrainedModel):
@@ -101,6 +105,8 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             bound = module.conv_size**-0.5
             init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, StaticGate):
             init.copy_(module.logits, module.initial_logits())
         elif isinstance(module, LowerBounds):
@@ -108,8 +114,9 @@ class GSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, HeadNorm):
             for name, parameter in module.named_parameters():
                 init.constant_(parameter, float(name == "weight"))
-        elif isinstance(module, RWKV6):
-            init.normal_(module.shift_out, mean=0.0, std=std)
+        elif isinstance(module, RWKV6 | Mamba):
+            if isinstance(module, RWKV6):
+                init.normal_(module.shift_out, mean=0.0, std=std)
             for name, value in module.initial().items():
                 init.copy_(module.get_parameter(name), value)
 

@@ -2,6 +2,7 @@
 
     from gsa.ops import gated_slot_attention, gated_slot_step
     from gsa.ops import gated_linear_attention, gated_linear_step
+    from gsa.ops import selective_scan, selective_step
 
 `reference.py` is the definition, `chunked.py` computes the same in chunks, `api.py` checks the
 arguments and chooses. Nothing here imports transformers or triton.
@@ -14,6 +15,7 @@ from gsa.ops.api import (
     gated_slot_attention,
     gated_slot_step,
 )
+from gsa.ops.selective_scan import selective_scan, selective_step
 from gsa.ops.types import IMPLS, SLOT_ACTIVATIONS, Impl, SlotActivation, SlotAttentionOutput
 from gsa.ops.validation import check_cu_seqlens
 
@@ -29,4 +31,6 @@ __all__ = [
     "gated_linear_step",
     "gated_slot_attention",
     "gated_slot_step",
+    "selective_scan",
+    "selective_step",
 ]

@@ -4,7 +4,7 @@ The package has one alphabet for dimensions, used as suffixes of tensor names:
 
     B batch · T tokens · H query heads · G key/value heads · R = H/G query heads per key/value head
     K key width · V value width · M slots · X = K+V, one row of the memory · N chunks · C tokens per
-    chunk · S sequences of a packed batch
+    chunk · S sequences of a packed batch · E channels of a selective scan
 """
 
 from contextlib import AbstractContextManager, nullcontext

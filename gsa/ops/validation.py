@@ -29,11 +29,13 @@ def _check_shape(name: str, tensor: Tensor, letters: str, shape: tuple[int, ...]
         _fail(name, f"shape [{letters}] = {list(shape)}", list(tensor.shape))
 
 
-def _check_like_q(name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_like_q(
+    name: str, tensor: Tensor, q: Tensor, dtypes: tuple[torch.dtype, ...], letter: str = "q"
+) -> None:
     if tensor.dtype not in dtypes:
         _fail(name, f"dtype {' or '.join(str(dtype) for dtype in dtypes)}", tensor.dtype)
     if tensor.device != q.device:
-        _fail(name, f"device {q.device} (that of q)", tensor.device)
+        _fail(name, f"device {q.device} (that of {letter})", tensor.device)
 
 
 def check_options(scale: object, slot_activation: object, impl: object) -> None:
@@ -81,6 +83,30 @@ def check_linear_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> t
     return G, K, V
 
 
+def check_scan_inputs(
+    x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor
+) -> tuple[int, int]:
+    """Checks the arguments of a selective scan; returns (E, K)."""
+    if _check_tensor("x", x).dim() != 3:
+        _fail("x", "3 dimensions [B, T, E]", list(x.shape))
+    if x.dtype not in FLOAT_DTYPES:
+        _fail("x", f"dtype {', '.join(str(dtype) for dtype in FLOAT_DTYPES)}", x.dtype)
+    if _check_tensor("rate", rate).dim() != 2:
+        _fail("rate", "2 dimensions [E, K]", list(rate.shape))
+    (B, T, E), K = x.shape, rate.shape[1]
+    own, wide = (x.dtype,), (compute_dtype(x.dtype),)
+    for name, tensor, letters, shape, dtypes in (
+        ("delta", delta, "B, T, E", (B, T, E), gate_dtypes(x)),
+        ("rate", rate, "E, K", (E, K), wide),
+        ("write", write, "B, T, K", (B, T, K), own),
+        ("read", read, "B, T, K", (B, T, K), own),
+    ):
+        _check_shape(name, _check_tensor(name, tensor), letters, shape)
+        _check_like_q(name, tensor, x, dtypes, "x")
+    _check_sizes("x, rate", {"E": E, "K": K})
+    return E, K
+
+
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, gate_name: str, gate: Tensor) -> None:
     for name, value in (("q", q), ("k", k), ("v", v), (gate_name, gate)):
         if _check_tensor(name, value).dim() != 4:
@@ -97,7 +123,7 @@ def _check_sizes(names: str, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         if size < 1:
             _fail(names, f"{name} >= 1", size)
-    if sizes["H"] % sizes["G"]:
+    if "H" in sizes and sizes["H"] % sizes["G"]:
         G = sizes["G"]
         _fail("q", f"a number of heads H that is a multiple of k's G = {G}", sizes["H"])
 
@@ -155,13 +181,13 @@ def check_cu_seqlens_form(cu_seqlens: Tensor) -> None:
         _fail("cu_seqlens", "shape [S+1] with S >= 1 sequences", list(cu_seqlens.shape))
 
 
-def check_packing(q: Tensor, cu_seqlens: Tensor) -> None:
+def check_packing(q: Tensor, cu_seqlens: Tensor, letter: str = "q") -> None:
     """Form and placement always; contents when they can be read without waiting for a device."""
     check_cu_seqlens_form(cu_seqlens)
     if q.shape[0] != 1:
-        _fail("q", "batch size B = 1 with cu_seqlens (sequences packed in one row)", q.shape[0])
+        _fail(letter, "batch size B = 1 with cu_seqlens (sequences packed in one row)", q.shape[0])
     if cu_seqlens.device != q.device and cu_seqlens.device.type != "cpu":
-        _fail("cu_seqlens", f"device cpu or {q.device} (that of q)", cu_seqlens.device)
+        _fail("cu_seqlens", f"device cpu or {q.device} (that of {letter})", cu_seqlens.device)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, q.shape[1])
 

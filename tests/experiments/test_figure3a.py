@@ -22,7 +22,7 @@ def test_every_model_of_the_sweep_exists(arch, width):
     if arch == "gsa":
         options = config.mixer_options(0)
         assert (options.slots, options.num_heads, options.scale) == (width // 4, 4, "rsqrt_key")
-        per_layer = 4 * width * width + 4 * width * width // 4 + 2 * width + width
+        per_layer = 4 * width * width + 4 * width * width // 4 + width + width
         assert count_parameters(config).total == 8192 * width + 4 * per_layer + width
 
 

@@ -46,6 +46,8 @@ def test_size_does_not_depend_on_length(model, token_ids):
     if model.config.mixer != "gsa" and model.config.attn is None:
         numbers = options.kv_heads * options.key_width * options.value_width
         numbers += options.hidden_size if model.config.mixer == "rwkv6" else 0
+        if model.config.mixer == "mamba":
+            numbers += (options.conv_size - 1) * options.channels
         assert sizes[0] == 2 * 2 * 8 * numbers
     elif model.config.gate == "data_dependent" and model.config.attn is None:
         numbers = options.slots * (options.key_width + options.value_width) * options.kv_heads

@@ -180,7 +180,8 @@ def test_a_saved_config_has_the_fields_of_its_mixer_alone(mixer, tmp_path):
     [
         ({"num_heads": 3}, "num_heads: expected a divisor of hidden_size = 16"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 4"),
-        ({"mixer": "mamba"}, "mixer: expected one of gsa, gla, retnet, hgrn2, rwkv6"),
+        ({"mixer": "mamba2"}, "mixer: expected one of gsa, gla, retnet, hgrn2, rwkv6, mamba"),
+        (GLA | {"mixer": "mamba"}, "head_dim: expected 1 with expand_v 1"),
         ({"mixer": "gla"}, "num_slots: expected 64 with mixer 'gla', which has no use for it"),
         (GLA | {"use_short_conv": True}, "use_short_conv: expected False with mixer 'gla'"),
         (GLA | {"gate_low_rank": 0}, "gate_low_rank: expected a whole number >= 1"),

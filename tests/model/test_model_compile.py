@@ -15,10 +15,11 @@ import torch
         {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10.0},
         {"mixer": "hgrn2", "num_hidden_layers": 3, "attn": {"layers": [1], "num_heads": 2}},
         {"mixer": "rwkv6", "gate_low_rank": 3, "shift_low_rank": 2},
+        {"mixer": "mamba", "num_heads": 20, "head_dim": 1, "expand_k": 3, "intermediate_size": 0},
     ],
     ids=[
         *("paper", "abc and convolution", "hybrid", "window branch"),
-        *("gla", "retnet", "hgrn2", "rwkv6"),
+        *("gla", "retnet", "hgrn2", "rwkv6", "mamba"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])

@@ -78,6 +78,7 @@ def test_200_steps_give_the_same_curve_within_noise():
         {"mixer": "retnet", "expand_v": 2, "rope_theta": 1e4},
         {"mixer": "hgrn2"},
         {"mixer": "rwkv6"},
+        {"mixer": "mamba", "head_dim": 1, "expand_k": 16, "intermediate_size": 0},
     ],
 )
 def test_compiled_blocks_have_the_gradients_of_blocks(lean, options):

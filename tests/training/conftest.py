@@ -94,6 +94,7 @@ VARIANTS = {
     "muon": {"optimizer": "muon"},
     "bf16": {"dtype": "bf16"},
     "half": {"dtype": "bf16", "master_weights": False},
+    "no-mlp": {"model": {"intermediate_size": 0}},
 }
 
 

@@ -152,6 +152,14 @@ def test_muon_shares_its_matrices(runs, pair):
     assert b[-1][2] < b[0][2] - 1
 
 
+def test_blocks_without_mlps_are_shared(runs, pair):
+    """FSDP reduces, and its checkpoints keep, no weights without numbers: there are none."""
+    a, b = (losses(runs.at(f"{n}-no-mlp")) for n in (1, 2))
+    assert a[0][2:4] == pytest.approx(b[0][2:4], rel=2**-20)
+    a, b = (load_file(runs.at(f"{n}-no-mlp", "model.safetensors")) for n in (1, 2))
+    assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
+
+
 def test_bf16_keeps_fp32_weights_or_not(runs, pair):
     """bf16 rounds to 2^-8, and a mean over hundreds of tokens to less."""
     fp32 = losses(runs.at("1-whole"))
