@@ -153,13 +153,18 @@ class Kl:
 
     def __call__(self, model: Any, batch: Batch) -> Tensor:
         wanted = self.teacher.hidden(batch)
-        output = model(
-            input_ids=batch.input_ids,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        )
+        hidden = hidden_states(model, batch)
         counts = (next_tokens(batch.labels) != IGNORE)[0]
-        hidden = output.hidden_states[-1][0]
         return linear_kl(hidden, model.lm_head.weight, wanted, self.teacher.head_WD, counts)
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """A student's normed last hidden states [N, D] of packed rows."""
+    output = model(
+        input_ids=batch.input_ids,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        output_hidden_states=True,
+        logits_to_keep=1,
+    )
+    return output.hidden_states[-1][0]

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsa.conversion.objectives import FrozenTeacher
+from gsa.conversion.objectives import FrozenTeacher, hidden_states
 from gsa.conversion.recall import CHANCE, Questions, Recall, recall
 from gsa.data import TokenShards, validation_batches
 from gsa.model.loss import IGNORE, next_tokens
 from gsa.training.distributed import Team
 from gsa.training.objective import num_targets, to_device
 
+TOKENS_AT_ONCE = 16384
+"""That both read in one pass; of their logits a row's are held at a time."""
 BRANCHES = {"slots alone": 0.0, "window alone": 1.0}
 """Of a layer with both: what is left, and the window's share then."""
 
@@ -141,15 +143,15 @@ def recovery(
 ) -> Recovery:
     """Both on the first rows of the held-out text, about `most_tokens` of them.
 
-    Rows and documents begin anew, as in training. Logits of one row are held at a time. Each
-    process reads every world-th row.
+    Rows and documents begin anew, as in training. Each process reads every world-th batch of rows.
     """
     was_training, device = student.training, torch.device(teacher.device)
     student.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     try:
-        batches = validation_batches(held_out, seq_len=teacher.seq_len, rows=1)
+        rows = max(1, min(TOKENS_AT_ONCE, most_tokens) // teacher.seq_len)
+        batches = validation_batches(held_out, seq_len=teacher.seq_len, rows=rows)
         for number, batch in enumerate(batches):
             tokens += num_targets(batch)
             if number % team.world == team.rank:
@@ -166,13 +168,17 @@ def recovery(
 
 def _read(student: Any, teacher: FrozenTeacher, batch: Any) -> Tensor:
     targets = next_tokens(batch.labels)[0]
-    counts = targets != IGNORE
+    sums = torch.zeros(4, dtype=torch.float64, device=targets.device)
     with _precision(teacher):
-        own = student(
-            input_ids=batch.input_ids, cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen
-        ).logits[0]
-        theirs = teacher.hidden(batch) @ teacher.head_WD.T
-    return _measures(own[counts], theirs[counts], targets[counts])
+        own = hidden_states(student, batch)
+        theirs = teacher.hidden(batch)
+        for first in range(0, len(targets), teacher.seq_len):
+            part = slice(first, first + teacher.seq_len)
+            counts = targets[part] != IGNORE
+            logits = own[part][counts] @ student.lm_head.weight.T
+            wanted = theirs[part][counts] @ teacher.head_WD.T
+            sums += _measures(logits, wanted, targets[part][counts])
+    return sums
 
 
 def _measures(own_NW: Tensor, theirs_NW: Tensor, targets_N: Tensor) -> Tensor:
