@@ -10,16 +10,19 @@ from pathlib import Path
 import torch
 
 import gsa
+from gsa.ops import describe_impl
 
 
 def environment(device: torch.device | None = None) -> dict[str, object]:
-    """Device, threads, versions, commit and date, ready for JSON.
+    """Device, what operators and scans run as there, threads, versions, commit and date, for JSON.
 
     device: what was measured on; None means a CUDA device if there is one.
     """
+    kind = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
+        "operators": describe_impl("auto", device or kind)[0],
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -131,10 +131,11 @@ def collect(out: Path, folders: Mapping[str, Path]) -> dict[str, Result]:
 
 def made_with(results: Mapping[str, Result], seed: int | None = None) -> str:
     """The last section of a report: commands, seed, devices and versions of all results."""
-    keys = ("device", "torch", "triton", "gsa", "commit")
+    keys = ("device", "operators", "torch", "triton", "gsa", "commit")
     lines = [f"- `{command}`" for command in dict.fromkeys(r["command"] for r in results.values())]
     lines += [] if seed is None else [f"- seed {seed}"]
-    every = [", ".join(f"{key} {r['environment'][key]}" for key in keys) for r in results.values()]
+    made_on = [r["environment"] for r in results.values()]
+    every = [", ".join(f"{key} {facts.get(key)}" for key in keys) for facts in made_on]
     lines += [f"- {line}" for line in dict.fromkeys(every)]
     return "## Made with\n\n" + "\n".join(lines or ["Nothing is done yet."])
 
