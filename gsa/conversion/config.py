@@ -54,8 +54,9 @@ TARGETS: dict[Target, TargetMixer] = {
 output gate), supra in arXiv 2405.06640."""
 
 MODEL_KEYS = (
-    *("gate", "value_activation", "slot_activation", "scale", "output_norm", "output_norm_eps"),
-    *("elementwise_affine", "output_gate", "use_short_conv", "conv_size", "gate_low_rank"),
+    *("gate", "gate_low_rank", "value_activation", "slot_activation", "scale", "output_activation"),
+    *("output_norm", "output_norm_eps", "elementwise_affine", "output_gate", "use_short_conv"),
+    "conv_size",
 )
 """Keys of GSAConfig that a teacher says nothing about, besides those with options of their own."""
 

@@ -41,7 +41,8 @@ def is_usual(block: Any) -> bool:
         return False
     options = attn.options
     usual = options.swish_follows and options.rope_theta is None and options.output_norm
-    usual = usual and options.gate == "data_dependent" and not options.output_gate
+    usual = usual and options.output_activation == "swish" and not options.output_gate
+    usual = usual and options.gate == "data_dependent"
     inputs: tuple[Any, ...] = (attn.q_proj, attn.k_proj, attn.v_proj, attn.f_proj)
     outputs: tuple[Any, ...] = (attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return (

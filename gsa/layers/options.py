@@ -127,6 +127,8 @@ class SlotAttentionOptions(MemoryOptions):
     """A causal depthwise convolution after each of the q, k and v projections."""
     conv_size: int = 4
     """Taps of that convolution."""
+    output_activation: str = "swish"
+    """On what slots give, before the norm: swish | identity."""
     output_norm: bool = True
     """The RMSNorm before the output projection."""
     window_branch: int | None = None
@@ -144,6 +146,7 @@ class SlotAttentionOptions(MemoryOptions):
                 check_positive_int(name, getattr(self, name))
         check_choice("gate", self.gate, GATES)
         check_choice("slot_activation", self.slot_activation, SLOT_ACTIVATIONS)
+        check_choice("output_activation", self.output_activation, VALUE_ACTIVATIONS)
         if self.use_short_conv:
             check_conv_size(self.conv_size)
         if self.gate_bias and self.gate == "data_independent":

@@ -277,13 +277,16 @@ class GatedSlotAttention(nn.Module):
 
     def _combine(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
         """The layer's output, of slots alone."""
-        if self.options.output_norm and gate is None:
+        options = self.options
+        if options.output_norm and options.output_activation == "swish" and gate is None:
             return project_normed(output_BTHV.flatten(2), self.g_norm, self.o_proj)
         return self.o_proj(self._finish(output_BTHV, gate))
 
     def _finish(self, output_BTHV: Tensor, gate: Tensor | None) -> Tensor:
         """What of the slots' output enters the output projection."""
-        output = F.silu(output_BTHV.flatten(2))
+        output = output_BTHV.flatten(2)
+        if self.options.output_activation == "swish":
+            output = F.silu(output)
         if self.options.output_norm:
             output = self.g_norm(output)
         if gate is not None:

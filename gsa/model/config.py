@@ -144,6 +144,7 @@ class GSAConfig(PreTrainedConfig):
     rope_scaling: dict | None = None
     use_short_conv: bool = False
     conv_size: int = 4
+    output_activation: str = "swish"
     output_norm: bool = True
     output_norm_eps: float | None = None
     output_gate: bool = False

@@ -25,6 +25,7 @@ UNUSUAL = {
     "static": {"gate": "data_independent"},
     "output_gate": {"output_gate": True},
     "no_output_norm": {"output_norm": False},
+    "no_output_activation": {"output_activation": "identity"},
     "relu": {"feature_map": "relu"},
     "short_conv": {"use_short_conv": True},
 }

@@ -62,6 +62,7 @@ CHANGES_THE_OUTPUT = {
     "gate_logit_normalizer": [(2, {}), (2, GLA)],
     "feature_map": [("relu", {}), ("identity", {}), ("identity", GLA)],
     "value_activation": [("identity", {}), ("identity", GLA)],
+    "output_activation": [("identity", {}), ("identity", {"output_norm": False})],
     "slot_activation": [("identity", {}), ("swish", {}), ("relu", {}), ("relu2", {})],
     "scale": [(0.5, {}), ("rsqrt_key", {})],
     "rope_theta": [(100.0, {})],
