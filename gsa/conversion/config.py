@@ -5,8 +5,8 @@ from typing import Any, Literal, NoReturn, get_args
 
 from gsa.layers.options import check_choice, check_positive_int, check_positive_number
 
-Target = Literal["gsa", "gla", "retnet", "supra"]
-GateInit = Literal["normal", "spread", "pooled_keys"]
+Target = Literal["slots", "gsa", "gla", "retnet", "supra"]
+GateInit = Literal["auto", "normal", "spread", "pooled_keys"]
 FeatureMapName = Literal["auto", "swish", "relu", "identity", "t2r"]
 
 
@@ -25,17 +25,29 @@ class TargetMixer:
     window: bool = False
     """Whether a softmax branch can stand beside it."""
     gate_inits: tuple[GateInit, ...] = ("normal",)
+    """What can be asked for; the first is the target's own."""
 
 
 _AS_IN_ATTENTION = {"value_activation": "identity", "scale": "rsqrt_key"}
 
 TARGETS: dict[Target, TargetMixer] = {
+    "slots": TargetMixer(
+        keys={
+            **{"feature_map": "identity", "output_activation": "identity", "output_norm": False},
+            **_AS_IN_ATTENTION,
+        },
+        slots=64,
+        tau=8.0,
+        rotates=True,
+        window=True,
+        gate_inits=("spread", "normal", "pooled_keys"),
+    ),
     "gsa": TargetMixer(
         keys={"feature_map": "swish"},
         slots=64,
         tau=8.0,
         window=True,
-        gate_inits=get_args(GateInit),
+        gate_inits=("normal", "spread", "pooled_keys"),
     ),
     "gla": TargetMixer(
         keys={"mixer": "gla", "feature_map": "relu", **_AS_IN_ATTENTION},
@@ -50,8 +62,10 @@ TARGETS: dict[Target, TargetMixer] = {
         rotates=True,
     ),
 }
-"""As teachers were converted to them: gla and retnet in "Gated Slot Attention", §4.2 (relu, no
-output gate), supra in arXiv 2405.06640."""
+"""As teachers were converted to them: gsa, gla and retnet in "Gated Slot Attention", §3.2 and §4.2
+(gla and retnet: relu, no output gate), supra in arXiv 2405.06640. slots is gated slot attention in
+the form of the attention whose place it takes: rotated, and nothing between projections and slots.
+"""
 
 MODEL_KEYS = (
     *("gate", "gate_low_rank", "value_activation", "slot_activation", "scale", "output_activation"),
@@ -69,30 +83,31 @@ class ConvertConfig:
     """Local folder of a Llama, Mistral, Qwen2, Qwen3 or SmolLM2, its weights as safetensors."""
     out: str
     """Folder to make; from_pretrained opens it."""
-    target: Target = "gsa"
-    """What takes attention's place: gsa, or one of the paper's rivals, see docs/rivals.md."""
+    target: Target = "slots"
+    """What takes attention's place. slots: gated slot attention in attention's own form; gsa: as
+    the paper has it, with swish, a norm and no rotation; or a rival, see docs/rivals.md."""
     slots: int | None = None
-    """Slots of each memory, one memory per key/value head; 64 if not given; gsa only."""
+    """Slots of each memory, one memory per key/value head; 64 if not given; slots and gsa only."""
     tau: float | None = None
-    """Forget gates are sigmoid(logits)^(1/tau): larger forgets more slowly; if not given 8 for gsa,
-    16 for gla."""
+    """Forget gates are sigmoid(logits)^(1/tau): larger forgets more slowly; if not given 8 for
+    slots and gsa, 16 for gla."""
     feature_map: FeatureMapName = "auto"
-    """On queries and keys of converted layers; auto: the target's own (gsa: swish; gla, retnet:
-    relu; supra: t2r). t2r: relu after a learned matrix, first the identity."""
-    gate_init: GateInit = "normal"
-    """Gates at first: small random weights; spread: with biases too, so that slots of a memory (of
-    gla: keys) keep for 8 to 2000 tokens (at tau 8); pooled_keys (gsa): means over rows of the key
-    projections."""
+    """On queries and keys of converted layers; auto: the target's own (slots: identity; gsa: swish;
+    gla, retnet: relu; supra: t2r). t2r: relu after a learned matrix, first the identity."""
+    gate_init: GateInit = "auto"
+    """Gates at first; auto: the target's own (slots: spread; others: normal). normal: small random
+    weights; spread: with biases too, so that slots of a memory (of gla: keys) keep for 8 to 2000
+    tokens (at tau 8); pooled_keys (slots, gsa): means over rows of the key projections."""
     rope: bool = False
-    """Keep the teacher's rotary embedding in converted layers, after the feature map; retnet and
-    supra always do, and so do kept layers."""
+    """Keep the teacher's rotary embedding in converted layers, after the feature map; slots, retnet
+    and supra always do, and so do kept layers."""
     keep_layers: tuple[int, ...] = ()
     """Layers that stay softmax attention as the teacher has it, counted from 0."""
     keep_all: bool = False
     """Keep every layer: the teacher itself as a model of ours, to finetune it as students are."""
     window: int = 0
     """Tokens of a softmax branch beside each slot memory, with the teacher's rotary embedding, in a
-    share that is learned; 0 for none; gsa only."""
+    share that is learned; 0 for none; slots and gsa only."""
     seed: int = 0
     """Seeds the new weights."""
     check_tokens: int = 64
@@ -140,6 +155,9 @@ class ConvertConfig:
                 object.__setattr__(self, name, own)
         if self.window and not target.window:
             self._refuse("window", "none")
+        if self.gate_init == "auto":
+            fixed = self.model.get("gate") == "data_independent"
+            object.__setattr__(self, "gate_init", "normal" if fixed else target.gate_inits[0])
         if self.gate_init not in target.gate_inits:
             self._refuse("gate_init", " or ".join(target.gate_inits))
         if self.feature_map == "auto":

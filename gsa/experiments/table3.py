@@ -40,6 +40,7 @@ ARMS: dict[str, tuple[Target, Preset]] = {
     f"{target}-{name}": (target, preset)
     for name, preset in RECIPES.items()
     for target in get_args(Target)
+    if (target, name) != ("slots", "paper")
 }
 SIZES: dict[Size, dict[str, Any]] = {
     "tiny": {"tokens": 1280, "seq_len": 32, "rows": 2, "recall_texts": 0, "held_out_tokens": 1000},

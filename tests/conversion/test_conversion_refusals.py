@@ -186,7 +186,7 @@ def test_a_tokenizer_that_does_not_fit(save, tmp_path):
         ({"slots": 0}, "slots: expected a whole number >= 1, got 0"),
         ({"tau": 0.0}, "tau: expected a number > 0"),
         ({"feature_map": "elu"}, "feature_map: expected one of auto, swish, relu"),
-        ({"gate_init": "zero"}, "gate_init: expected one of normal, spread, pooled_keys"),
+        ({"gate_init": "zero"}, "gate_init: expected one of auto, normal, spread, pooled_keys"),
         ({"window": -1}, "window: expected a whole number >= 0"),
         ({"window": 4, "keep_layers": (0, 1, 2)}, "window: expected 0 with every layer kept"),
         (

@@ -15,6 +15,7 @@ from gsa.conversion import ConvertConfig, convert
 from gsa.conversion.families import FAMILIES
 from gsa.conversion.student import student_config
 from gsa.conversion.teacher import Teacher
+from gsa.layers.rope import rotate
 from gsa.model import GSAForCausalLM
 from gsa.model.cost import count_parameters, state_bytes
 
@@ -22,6 +23,9 @@ from gsa.model.cost import count_parameters, state_bytes
 def student_of(folder, out, **options):
     made = convert(ConvertConfig(teacher=str(folder), out=str(out), **options))
     return made.report, GSAForCausalLM.from_pretrained(out)
+
+
+PARTS = ("weight", "bias")
 
 
 def weights_in(folder):
@@ -34,7 +38,7 @@ def weights_in(folder):
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_the_teachers_weights_are_there_to_the_bit(kind, save, tmp_path):
     folder, model = save(kind, dtype=torch.bfloat16)
-    report, student = student_of(folder, tmp_path / "out", slots=5, keep_layers=(1,), rope=True)
+    report, student = student_of(folder, tmp_path / "out", slots=5, keep_layers=(1,))
     theirs, ours = model.state_dict(), weights_in(tmp_path / "out")
     family = FAMILIES[model.config.model_type]
     tied = model.config.tie_word_embeddings
@@ -47,7 +51,7 @@ def test_the_teachers_weights_are_there_to_the_bit(kind, save, tmp_path):
     assert report["copied"] == {
         name: family.to_teacher(name) for name in ours if family.to_teacher(name)
     }
-    new = {f"model.layers.{i}.attn.{part}.weight" for i in (0, 2) for part in ("f_proj", "g_norm")}
+    new = {f"model.layers.{i}.attn.f_proj.{part}" for i in (0, 2) for part in ("weight", "bias")}
     assert set(ours) - set(report["copied"]) == set(report["new"]) == new
     assert {weight.dtype for weight in ours.values()} == {torch.bfloat16} == {student.dtype}
     head = student.lm_head.weight is student.model.embeddings.weight
@@ -69,11 +73,11 @@ def test_the_teachers_weights_are_there_to_the_bit(kind, save, tmp_path):
 def test_new_weights_are_those_of_a_fresh_model_whatever_the_files(save, tmp_path):
     folder, _ = save("mistral", shard="1GB")
     assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
-    student_of(folder, tmp_path / "one", slots=16)
+    student_of(folder, tmp_path / "one", slots=16, target="gsa")
     assert [file.name for file in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
     (folder / "model.safetensors").unlink()
     folder, _ = save("mistral", shard="4KB")
-    report, student = student_of(folder, tmp_path / "many", slots=16)
+    report, student = student_of(folder, tmp_path / "many", slots=16, target="gsa")
     files = sorted(file.name for file in (tmp_path / "many").glob("model*"))
     assert len(files) > 8 and files[-1] == "model.safetensors.index.json"
     index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
@@ -90,7 +94,7 @@ def test_new_weights_are_those_of_a_fresh_model_whatever_the_files(save, tmp_pat
     for name in report["new"]:
         assert "f_proj" in name or torch.equal(many[name], torch.ones_like(many[name]))
 
-    student_of(folder, tmp_path / "other", slots=16, seed=1)
+    student_of(folder, tmp_path / "other", slots=16, target="gsa", seed=1)
     name = "model.layers.0.attn.f_proj.weight"
     assert not torch.equal(weights_in(tmp_path / "other")[name], many[name])
 
@@ -100,6 +104,7 @@ def test_options_do_what_they_say(save, tmp_path):
     _, student = student_of(
         folder,
         tmp_path / "out",
+        target="gsa",
         slots=4,
         tau=16.0,
         feature_map="t2r",
@@ -134,8 +139,7 @@ def test_a_window_as_long_as_the_text_is_the_teacher(kind, save, tmp_path):
     folder, model = save(kind)
     report, student = student_of(folder, tmp_path / "out", window=40, slots=4)
     new = {name.split(".", 4)[-1] for name in report["new"]}
-    assert new == {"f_proj.weight", "g_norm.weight", "share_proj.weight", "share_proj.bias"}
-    assert student.config.rope_theta is None
+    assert new == {f"{layer}.{part}" for layer in ("f_proj", "share_proj") for part in PARTS}
     ids = torch.arange(5 if kind == "qwen2" else 40)[None] + 3
     with torch.no_grad():
         wanted, mixed = model(ids).logits, student(ids).logits
@@ -193,7 +197,7 @@ def test_tokenizer_and_generation_settings_come_along(save, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["convert", str(folder), "--out", str(out), "--slots", "8"]) == 0
     printed = capsys.readouterr().out
-    assert f"{out}: 3 layers of gsa, 0 kept; 29 weights copied, 6 new" in printed
+    assert f"{out}: 3 layers of slots, 0 kept; 29 weights copied, 6 new" in printed
     assert "with every layer kept, logits on 64 tokens are off by" in printed
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (out / file).read_bytes() == (folder / file).read_bytes()
@@ -248,7 +252,7 @@ def test_the_students_of_mistral_7b_and_llama_3_8b(tmp_path):
     llama |= dict(rope_parameters=dict(rope_type="default", rope_theta=5e5))
     for theirs, size in ((MistralConfig(**mistral), 7.309e9), (LlamaConfig(**llama), 8.097e9)):
         teacher = Teacher(tmp_path, theirs, FAMILIES[theirs.model_type], {}, ())
-        options = ConvertConfig(teacher="there", out="here")
+        options = ConvertConfig(teacher="there", out="here", target="gsa")
         config = student_config(teacher, options)
         assert count_parameters(config).total == pytest.approx(size, rel=1e-4)
         with torch.device("meta"):
@@ -260,17 +264,23 @@ def test_the_students_of_mistral_7b_and_llama_3_8b(tmp_path):
         assert state_bytes(config, 10**6) == 32 * 8 * 64 * 256 * 4
 
 
-def test_a_slot_layer_is_the_papers_formula_on_the_teachers_weights(save, tmp_path):
-    """q, k, v of the teacher's projections, swish, slots, swish, norm, the teacher's output."""
+@pytest.mark.parametrize("target", ["slots", "gsa"])
+def test_a_slot_layer_is_its_formula_on_the_teachers_weights(target, save, tmp_path):
+    """Of the teacher's q, k, v and output; gsa, the paper's: with swish around slots and a norm."""
     folder, model = save("llama")
-    _, student = student_of(folder, tmp_path / "out", slots=3)
+    _, student = student_of(folder, tmp_path / "out", target=target, slots=3)
     theirs = model.model.layers[0].self_attn
     ours = student.model.layers[0].attn
     x = torch.randn(1, 9, 24)
     with torch.no_grad():
-        q = F.silu(theirs.q_proj(x)).view(9, 2, 2, 6)
-        k = F.silu(theirs.k_proj(x)).view(9, 2, 6)
-        v = F.silu(theirs.v_proj(x)).view(9, 2, 6)
+        q, k, v = theirs.q_proj(x), theirs.k_proj(x), theirs.v_proj(x)
+        if target == "gsa":
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        q, k, v = q.view(1, 9, 4, 6), k.view(1, 9, 2, 6), v.view(9, 2, 6)
+        if target == "slots":
+            turn = (torch.arange(9)[None], model.config.rope_parameters["rope_theta"], None)
+            q, k = rotate(q * 6**-0.5, *turn), rotate(k, *turn)
+        q, k = q.view(9, 2, 2, 6), k[0]
         f = torch.sigmoid(ours.f_proj(x)).view(9, 2, 3) ** (1 / 8)
         memory = torch.zeros(2, 3, 12)
         read = []
@@ -279,8 +289,10 @@ def test_a_slot_layer_is_the_papers_formula_on_the_teachers_weights(save, tmp_pa
             memory = f[t, :, :, None] * memory + (1 - f[t])[..., None] * kv
             scores = torch.einsum("gmk,grk->grm", memory[..., :6], q[t])
             read.append(torch.einsum("grm,gmv->grv", scores.softmax(-1), memory[..., 6:]))
-        y = F.silu(torch.stack(read).flatten(1))
-        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        y = torch.stack(read).flatten(1)
+        if target == "gsa":
+            y = F.silu(y)
+            y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         torch.testing.assert_close(ours(x).output[0], theirs.o_proj(y), rtol=1e-4, atol=1e-5)
 
 

@@ -82,7 +82,10 @@ def test_gates_of_gla_can_be_spread(save, tmp_path):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"target": "mamba"}, "target: expected one of gsa, gla, retnet, supra, got 'mamba'"),
+        (
+            {"target": "mamba"},
+            "target: expected one of slots, gsa, gla, retnet, supra",
+        ),
         ({"target": "gla", "slots": 64}, "slots: expected none with target gla, got 64"),
         ({"target": "retnet", "tau": 8}, "tau: expected none with target retnet, got 8"),
         ({"target": "gla", "tau": 0}, "tau: expected a number > 0"),
