@@ -14,6 +14,7 @@ gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by positi
 gsa eval tasks MODEL --suite NAME         the paper's tasks, beside its figures
 gsa eval speed MODEL                      multiple choice beside lm-eval's own model
 gsa bench ops [options]                   time the operator on this machine
+gsa bench training [options]              time training steps beside rivals
 gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU

@@ -32,7 +32,7 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
         (["table3"], "teacher: expected a folder"),
         (["table3", "--plan", "--teacher", "/no"], "teacher: expected a local"),
         (["recall", "--models", "/no"], "models: /no: no such folder"),
-        (["figure4a", "--arms", "gpt"], "arch: expected gsa, abc"),
+        (["figure4a", "--arms", "gpt"], "arms: expected gsa, abc"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):

@@ -132,6 +132,9 @@ def test_figures_4(room, capsys, monkeypatch):
         assert set(found["arms"]) == {"gsa", "transformer++"} and "rwkv6" in found["missing"]
     assert reproduce("figure4c", "--size", "small", "--device", "cpu", "--out", room / "c") == 2
     assert "size: 'tiny' there, 'small' asked" in capsys.readouterr().err
+    asked = figure4.Figure4cConfig(arms=("gsa", "fla"), out=str(room / "c"))
+    report = figure4.decode_report(asked, {"gsa": found["arms"]["gsa"]})
+    assert "Not there yet: fla." in report
 
 
 def test_the_paper_stands_beside_its_own_size_alone():
