@@ -3,6 +3,7 @@
 import pytest
 
 from gsa.cli import main
+from gsa.experiments.commands import EXPERIMENTS
 
 
 def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
@@ -19,6 +20,13 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
         output = capsys.readouterr().out
         assert words in output and "GPU-hours" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_experiment(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["reproduce", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in EXPERIMENTS)
 
 
 @pytest.mark.parametrize(
