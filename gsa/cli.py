@@ -14,6 +14,7 @@ gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by positi
 gsa eval tasks MODEL --suite NAME         the paper's tasks, beside its figures
 gsa eval speed MODEL                      multiple choice beside lm-eval's own model
 gsa bench ops [options]                   time the operator on this machine
+gsa bench training [options]              time training steps beside rivals
 gsa bench decode [options]                time decoding and prefill beside rivals
 gsa bench plot RESULT...                  draw what a GPU's run measured
 gsa bench tune [options]                  find the kernels' fastest launches on this GPU
@@ -357,11 +358,15 @@ def _summary(function: Callable[..., object]) -> str:
 def _subcommand(
     command: str, known: tuple[str, ...], arguments: list[str]
 ) -> tuple[str, list[str]]:
-    """(the subcommand, its arguments); the help of a command is that of its first."""
+    """(the subcommand, its arguments); the help of a command itself names them, and exits."""
     if arguments and arguments[0] in known:
         return arguments[0], arguments[1:]
     if arguments and arguments[0] in ("-h", "--help"):
-        return known[0], ["--help"]
+        print(
+            f"usage: gsa {command} {' | '.join(known)}\n\n{_summary(COMMANDS[command])}\n\n"
+            "options: --help after one"
+        )
+        raise SystemExit(0)
     got = repr(arguments[0]) if arguments else "nothing"
     expected = " or ".join(map(repr, known))
     raise ValueError(f"gsa {command}: expected {expected}, got {got}; see gsa {command} --help")

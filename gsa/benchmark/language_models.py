@@ -35,12 +35,12 @@ def contenders(architectures: Architectures) -> tuple[str, ...]:
     return (*known, *ours, *FOREIGN)
 
 
-def check_contenders(names: Sequence[str], architectures: Architectures) -> None:
-    """ValueError for a name that is no contender's."""
+def check_contenders(field: str, names: Sequence[str], architectures: Architectures) -> None:
+    """ValueError, naming the field of a config, for a name that is no contender's."""
     for name in names:
         if name not in contenders(architectures):
             known = ", ".join(contenders(architectures))
-            raise ValueError(f"arch: expected {known}, got {name!r}")
+            raise ValueError(f"{field}: expected {known}, got {name!r}")
 
 
 def recipe_keys(recipes: Recipes, size: str, vocab_size: int, layers: int) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def bench_training(
         recipes: keys of GSAConfig by the name of a recipe.
         architectures: by name, from such keys to those of a rival of equal size.
     """
-    check_contenders(config.arch, architectures)
+    check_contenders("arch", config.arch, architectures)
     device = torch.device(bench_device(config.device))
     keys, longest = config.keys(recipes), max(config.lengths)
     rivals = [

@@ -159,6 +159,7 @@ def _check_shards(config: DistillConfig) -> None:
     shards += [TokenShards(config.validation)] if config.validation else []
     for one in shards:
         one.require_vocab_size(words)
+        one.require_tokenizer(config.student)
 
 
 def _check_aligned(config: DistillConfig) -> None:

@@ -4,14 +4,13 @@ import shutil
 from pathlib import Path
 
 from gsa.conversion.teacher import Teacher
-from gsa.data.encoding import load_tokenizer
+from gsa.data.encoding import DEFINITIONS, load_tokenizer
 
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
-_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
 def tokenizer_files(teacher: Teacher) -> list[str]:
@@ -20,7 +19,7 @@ def tokenizer_files(teacher: Teacher) -> list[str]:
     ValueError if it cannot be loaded or has tokens beyond the teacher's vocabulary.
     """
     found = [name for name in FILES if (teacher.folder / name).is_file()]
-    if not set(found) & set(_MODELS):
+    if not set(found) & set(DEFINITIONS):
         return []
     tokenizer = load_tokenizer(teacher.folder)
     highest = max(tokenizer.get_vocab().values(), default=-1)

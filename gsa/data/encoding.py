@@ -109,6 +109,10 @@ class HuggingFaceEncoder:
         self._tokenizer.save_pretrained(str(folder))
 
 
+DEFINITIONS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""A folder with any of these has a tokenizer."""
+
+
 def load_tokenizer(folder: str | Path):
     """`AutoTokenizer` from a local folder: nothing is downloaded, no remote code runs."""
     if not Path(folder).is_dir():

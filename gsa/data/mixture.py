@@ -58,6 +58,7 @@ class MixedShards:
         self.tokenizer_key = first.tokenizer_key
         self.load_tokenizer = first.load_tokenizer
         self.require_vocab_size = first.require_vocab_size
+        self.require_tokenizer = first.require_tokenizer
         self.num_tokens = sum(part.num_tokens for part in parts)
         identity = [[part.fingerprint, str(w)] for part, w in zip(parts, weights, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gsa.data.encoding import load_tokenizer
+from gsa.data.encoding import DEFINITIONS, load_tokenizer
 
 INDEX = "index.json"
 TOKENS = "tokens.bin"
@@ -140,6 +140,21 @@ class TokenShards:
                 f"vocab_size: the shards {self.folder} have ids below {self.vocab_size}, the model "
                 f"a vocabulary of {vocab_size}; use vocab_size={self.vocab_size} or prepare the "
                 "text with the model's tokenizer"
+            )
+
+    def require_tokenizer(self, folder: str | Path) -> None:
+        """ValueError if a model's folder has a tokenizer to which these tokens are others.
+
+        Tokens that only one of both knows are no contradiction: some are added to one of them.
+        """
+        if not any((Path(folder) / name).is_file() for name in DEFINITIONS):
+            return
+        ours, theirs = (x.get_vocab() for x in (self.load_tokenizer(), load_tokenizer(folder)))
+        shared = ours.keys() & theirs.keys()
+        if not shared or any(ours[token] != theirs[token] for token in shared):
+            raise ValueError(
+                f"data: the shards {self.folder} were made with another tokenizer than that in "
+                f"{folder}; prepare the text with --tokenizer {folder}"
             )
 
     def verify(self) -> None:

@@ -240,11 +240,7 @@ def _documents(config: PerplexityConfig, tokenizer: Any) -> Iterator[np.ndarray]
     """Token ids [T] of every document; errors that can be seen now are raised now."""
     if (Path(config.data) / INDEX).is_file():
         shards = TokenShards(config.data)
-        if shards.load_tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"data: the shards {config.data} were made with another tokenizer than that in "
-                f"{config.model}; prepare the text with --tokenizer {config.model}"
-            )
+        shards.require_tokenizer(config.model)
         return (shards.document(i) for i in range(shards.num_documents))
     try:
         files = find_files(config.data)

@@ -1,6 +1,6 @@
 """`gsa reproduce figure3a`: who recalls how much at which width, on MQAR."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -249,7 +249,8 @@ def reproduce_figure3a(
     def report() -> None:
         results = collect(out, {at.name: at for at in sorted(out.iterdir()) if at.is_dir()})
         best = best_points(results)
-        write_text(out / "report.md", report_text(config, results, best))
+        missing = [run.name for point, run in runs.items() if point.key not in results]
+        write_text(out / "report.md", report_text(config, results, best, missing))
         draw(out / PLOT, protocol.task, best)
 
     arms = [
@@ -291,8 +292,13 @@ def best_points(results: Mapping[str, Result]) -> Best:
     return {arch: dict(sorted(best[arch].items())) for arch in sorted(best, key=order.__getitem__)}
 
 
-def report_text(config: Figure3aConfig, results: Mapping[str, Result], best: Best) -> str:
-    """report.md: the best accuracy by architecture and width, beside the paper's."""
+def report_text(
+    config: Figure3aConfig, results: Mapping[str, Result], best: Best, missing: Sequence[str]
+) -> str:
+    """report.md: the best accuracy by architecture and width, beside the paper's.
+
+    missing: names of models asked for that are not done.
+    """
     protocol = SIZES[config.size]
     task = protocol.task
     source, paper = paper_rows("figure3a")
@@ -321,6 +327,7 @@ def report_text(config: Figure3aConfig, results: Mapping[str, Result], best: Bes
     if same:
         parts.append(f"Paper: {source}.")
     parts += ["## Every model\n\n" + "\n".join(every)]
+    parts += [f"Not there yet: {'; '.join(missing)}."] if missing else []
     parts.append(made_with(results, config.seed))
     return "\n\n".join(parts) + "\n"
 

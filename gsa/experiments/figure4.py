@@ -72,7 +72,7 @@ class Figure4Config(BudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_contenders(self.arms, ARCHS)
+        check_contenders("arms", self.arms, ARCHS)
 
     @property
     def chosen(self) -> list[str]:
@@ -227,6 +227,7 @@ def table(
 
 
 def _finish(
+    config: Figure4Config,
     title: str,
     about: Sequence[str],
     results: Mapping[str, Result],
@@ -239,7 +240,9 @@ def _finish(
     except ValueError as error:  # measured on several devices, or not at all
         picture = f"No plot: {error}."
     notes = [f"- {note}" for note in dict.fromkeys(n for one in documents for n in one["notes"])]
-    parts = [f"# {title}", picture, *about, "\n".join(notes)]
+    missing = [name for name in config.chosen if name not in results]
+    absent = f"Not there yet: {', '.join(missing)}." if missing else ""
+    parts = [f"# {title}", picture, *about, absent, "\n".join(notes)]
     return "\n\n".join([*filter(None, parts), made_with(results, 0)]) + "\n"
 
 
@@ -259,7 +262,8 @@ def training_report(config: Figure4abConfig, results: Mapping[str, Result]) -> s
              f"## Peak GiB (4b)\n\n{memory}\n\n0 on a CPU, where it is not measured.",
              ALONE]  # fmt: skip
     plot = Path(config.out) / "figure4ab.png"
-    return _finish("Training (the paper's Figures 4a, 4b)", about, results, plot_training, plot)
+    title = "Training (the paper's Figures 4a, 4b)"
+    return _finish(config, title, about, results, plot_training, plot)
 
 
 def decode_report(config: Figure4cConfig, results: Mapping[str, Result]) -> str:
@@ -277,4 +281,5 @@ def decode_report(config: Figure4cConfig, results: Mapping[str, Result]) -> str:
         ALONE,
     ]
     plot = Path(config.out) / "figure4c.png"
-    return _finish("Decoding (the paper's Figure 4c)", about, results, plot_decode, plot)
+    title = "Decoding (the paper's Figure 4c)"
+    return _finish(config, title, about, results, plot_decode, plot)

@@ -162,6 +162,7 @@ def reproduce_table3(
         words = open_config(config.teacher).config.vocab_size
         for one in (shards, validation):
             one.require_vocab_size(words)
+            one.require_tokenizer(config.teacher)
         pick_device(config.device, team)
         free = {*FREE, *SUITE_FREE, "arms", "device", "out", "data", "validation", "eager"}
         asked = {key: value for key, value in asdict(config).items() if key not in free}

@@ -304,9 +304,10 @@ def remember(ctx, inputs, output) -> None:
 def backward(ctx, d_output, d_memory):
     if d_output is None:
         d_output = torch.zeros_like(ctx.saved_tensors[0])
-    gradients = torch.ops.gsa.selective_scan_backward.default(
-        *ctx.saved_tensors, d_output, d_memory, ctx.triton
-    )
+    with without_autocast(d_output.device.type):
+        gradients = torch.ops.gsa.selective_scan_backward.default(
+            *ctx.saved_tensors, d_output, d_memory, ctx.triton
+        )
     needed = zip(gradients, ctx.needs_input_grad, strict=False)
     return *(gradient if need else None for gradient, need in needed), None, None
 

@@ -22,7 +22,7 @@ def build_model_config(
     """The model's configuration: config.model, completed from the shards.
 
     ValueError if it contradicts itself, if the vocabulary does not reach every token of the shards,
-    or if the validation shards come from another tokenizer.
+    or if the validation shards or the model in `init` have another tokenizer.
     """
     if validation is not None and shards.tokenizer_key != validation.tokenizer_key:
         raise ValueError(
@@ -32,6 +32,7 @@ def build_model_config(
     if config.init:
         model_config = init_config(config.init)
         shards.require_vocab_size(model_config.vocab_size)
+        shards.require_tokenizer(config.init)
         return model_config
     tokenizer = shards.load_tokenizer()
     completed = {

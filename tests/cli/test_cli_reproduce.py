@@ -3,6 +3,7 @@
 import pytest
 
 from gsa.cli import main
+from gsa.experiments.commands import EXPERIMENTS
 
 
 def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
@@ -21,6 +22,13 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_names_every_experiment(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["reproduce", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in EXPERIMENTS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -32,7 +40,7 @@ def test_a_plan_needs_neither_text_nor_gpu(tmp_path, capsys, monkeypatch):
         (["table3"], "teacher: expected a folder"),
         (["table3", "--plan", "--teacher", "/no"], "teacher: expected a local"),
         (["recall", "--models", "/no"], "models: /no: no such folder"),
-        (["figure4a", "--arms", "gpt"], "arch: expected gsa, abc"),
+        (["figure4a", "--arms", "gpt"], "arms: expected gsa, abc"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, capsys):

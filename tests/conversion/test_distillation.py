@@ -24,7 +24,7 @@ from gsa.conversion.objectives import Align, FrozenTeacher, Kl
 from gsa.conversion.recall import recall
 from gsa.conversion.recovery import recovery
 from gsa.conversion.stages import parse_stage, planned
-from gsa.data import PackedRows, TokenShards
+from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
 from gsa.model import GSAForCausalLM
 from gsa.training import RunError
 from gsa.training.adapters import PROJECTIONS
@@ -301,6 +301,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
     LlamaConfig(**LESSON | dict(num_hidden_layers=2)).save_pretrained(other)
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "a"}\n')
+    prepare(PrepareConfig(inputs=(str(plain),), out=str(tmp_path / "bytes"), quiet=True))
     for changes, error, words in (
         (
             {"student": str(tmp_path)},
@@ -311,6 +312,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ({"teacher": str(other)}, ValueError, "teacher: expected num_hidden_layers = 3"),
         ({"student": str(kept)}, ValueError, "stages: expected no align"),
         ({"data": str(tmp_path / "none")}, (ValueError, OSError), "none"),
+        ({"validation": str(tmp_path / "bytes")}, ValueError, "made with another tokenizer than"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval: expected"),
         ({"recall_distances": (3,)}, ValueError, "recall_distances: expected at least"),
     ):

@@ -47,6 +47,21 @@ def test_a_model_with_too_small_a_vocabulary_is_refused(original):
         shards.require_vocab_size(257)
 
 
+def test_a_model_with_another_tokenizer_is_refused(original, tmp_path):
+    """Its own, none at all, or one with a token more are not another."""
+    shards = TokenShards(original)
+    shards.require_tokenizer(tmp_path)
+    tokenizer = shards.load_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path)
+    shards.require_tokenizer(tmp_path)
+    definition = json.loads((tmp_path / "tokenizer.json").read_text())
+    definition["model"]["vocab"] |= {"a": 98, "b": 97}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ValueError, match="another tokenizer than that in"):
+        shards.require_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "tokenizer/tokenizer.json"])
 def test_truncated_and_missing_files_are_named(folder, name):
     size = (folder / name).stat().st_size

@@ -66,7 +66,8 @@ def test_the_best_rate_counts_and_the_paper_stands_beside():
     ))}  # fmt: skip
     best = best_points(results)
     assert {arch: list(row) for arch, row in best.items()} == {"gsa": [64, 128], "gla": [64]}
-    lines = report_text(Figure3aConfig(plan=True), results, best).splitlines()
+    lines = report_text(Figure3aConfig(plan=True), results, best, ["abc, d = 64"]).splitlines()
+    assert "Not there yet: abc, d = 64." in lines
     assert "| gsa | 40.0 (0.002) | 20.0 (0.001) |" in lines
     assert "| gsa, paper | 27.8 | 98.0 |" in lines and "| gla | 50.0 (0.001) | – |" in lines
 

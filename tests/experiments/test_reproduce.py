@@ -93,8 +93,11 @@ def test_table_1_and_recall_on_its_models(room, capsys, monkeypatch):
 
 def test_table_3_and_table_4_on_its_models(room, capsys):
     out, local = room / "table3", ["--data-dir", room / "local"]
-    command = ["table3", *TOY, "--teacher", room / "teacher", *on_text(room, "tokens")]
-    command += ["--out", out, "--arms", "gsa-ours", "supra-paper", "teacher"]
+    command = ["table3", *TOY, "--teacher", room / "teacher", "--out", out]
+    command += ["--arms", "gsa-ours", "supra-paper", "teacher"]
+    assert reproduce(*command, *on_text(room, "bytes")) == 2 and not out.exists()
+    assert "made with another tokenizer than that in" in capsys.readouterr().err
+    command += on_text(room, "tokens")
     assert reproduce(*command, *local, "--tokens", "640") == 0
     results = json.loads((out / "results.json").read_text())
     assert len(results["missing"]) == 7 and next(iter(results["arms"])) == "teacher"
@@ -129,6 +132,9 @@ def test_figures_4(room, capsys, monkeypatch):
         assert set(found["arms"]) == {"gsa", "transformer++"} and "rwkv6" in found["missing"]
     assert reproduce("figure4c", "--size", "small", "--device", "cpu", "--out", room / "c") == 2
     assert "size: 'tiny' there, 'small' asked" in capsys.readouterr().err
+    asked = figure4.Figure4cConfig(arms=("gsa", "fla"), out=str(room / "c"))
+    report = figure4.decode_report(asked, {"gsa": found["arms"]["gsa"]})
+    assert "Not there yet: fla." in report
 
 
 def test_the_paper_stands_beside_its_own_size_alone():

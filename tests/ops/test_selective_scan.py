@@ -99,6 +99,14 @@ def test_inside_all_is_fp32(impl, dtype):
     assert_near(got, evaluate(as_linear_attention, exact), dtype)
 
 
+def test_autocast_changes_nothing_forward_or_backward():
+    low, _ = low_precision(make_inputs(1, SEGMENT + 3, 3, 4, 1), torch.float32)
+    plain = evaluate(selective_scan, low, impl="chunked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = evaluate(selective_scan, low, impl="chunked")
+    assert all(torch.equal(got[name], x) for name, x in plain.items())
+
+
 def test_a_segment_s_end_and_a_step_go_on_with_the_memory():
     """The torch form across its segments, cut anywhere, and token by token."""
     T = 2 * SEGMENT + 5
