@@ -51,6 +51,10 @@ def recipe_keys(recipes: Recipes, size: str, vocab_size: int, layers: int) -> di
     return keys | ({"num_hidden_layers": layers} if layers else {})
 
 
+class NotInstalledError(ValueError):
+    """A contender is another library's, which is not there."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rival:
     """A model on its way to be built."""
@@ -76,7 +80,7 @@ def rival(
 ) -> Rival:
     """The contender of that name, of as many parameters as the GSA model of `keys`.
 
-    ValueError if it is not installed, or has no room for an MLP at that size.
+    NotInstalledError if it is not installed, ValueError if it has no room for an MLP at that size.
 
     Args:
         keys: of GSAConfig.
@@ -156,7 +160,7 @@ def transformer(config: GSAConfig, longest: int) -> Rival:
 def fla(config: GSAConfig, longest: int) -> Rival:
     """flash-linear-attention's own GSA model with its own fused parts, not compiled."""
     if importlib.util.find_spec("fla") is None:
-        raise ValueError(
+        raise NotInstalledError(
             "arch: fla needs flash-linear-attention, which is not installed; "
             "pip install 'gated-slots[peers]'"
         )

@@ -15,7 +15,13 @@ from gsa.architectures import ARCHITECTURES, sized_alike
 from gsa.benchmark.decode import BenchDecodeConfig, bench_decode, clear
 from gsa.benchmark.decode_plot import plot_decode
 from gsa.benchmark.device import bench_device
-from gsa.benchmark.language_models import OWN, check_contenders, contenders, recipe_keys
+from gsa.benchmark.language_models import (
+    OWN,
+    NotInstalledError,
+    check_contenders,
+    contenders,
+    recipe_keys,
+)
 from gsa.benchmark.training import BenchTrainingConfig, bench_training
 from gsa.benchmark.training_plot import name_of, plot_training
 from gsa.evaluation.report import markdown
@@ -182,10 +188,12 @@ def _measure(
         clear(device)
         try:
             return {"document": bench(name, str(out / name / "bench.json"))}
+        except NotInstalledError as error:
+            raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory: {error}") from error
-        except ValueError as error:  # fla is not installed
-            raise NotRunError(str(error)) from error
+        except ValueError as error:
+            raise RunError(str(error)) from error
 
     def report() -> None:
         found = collect(out, {name: out / name for name in contenders(ARCHS)})
