@@ -98,7 +98,7 @@ class DistillConfig(Lesson):
     """Folder of a finished distillation of the teacher itself (gsa convert --keep-all) on the same
     tokens: what it learned from the text alone is then not counted as recovery."""
     prompt: str = ""
-    """The report shows how the student continues this; empty for no sample."""
+    """The report shows how teacher and student continue this; empty for no samples."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, ..."""
 
@@ -147,6 +147,5 @@ class DistillConfig(Lesson):
             seed=self.seed + number,
             checkpoint_interval=self.checkpoint_interval,
             validation_interval=self.validation_interval,
-            prompt=self.prompt if number == len(self.plan()) else "",
             device=self.device,
         )

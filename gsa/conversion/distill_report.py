@@ -11,6 +11,7 @@ from gsa.conversion.recovery import Comparison
 from gsa.data import TokenShards, open_rows
 from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig
+from gsa.training.report import quoted
 from gsa.training.run_folder import fingerprints
 
 SETTINGS = "distill.json"
@@ -107,9 +108,10 @@ def report_text(
     model: Path,
     found: Comparison,
     yardstick: Yardstick | None,
+    samples: dict[str, str],
     command: str,
 ) -> str:
-    """The text of report.md."""
+    """The text of report.md. samples: how each model continues the prompt, by its name."""
     lines = ["| stage | objective | tokens | rate | of it for the rest |", "|---|---|--:|--:|--:|"]
     for number, stage in enumerate(config.plan(), 1):
         rest = f"adapters of rank {stage.lora}" if stage.lora else f"{stage.rest:g}"
@@ -132,6 +134,8 @@ def report_text(
             f"{math.exp(yardstick.loss):.3f}; the student's is {yardstick.ratio(found):.3f} × that "
             "of the better of both."
         )
+    for name, text in samples.items():
+        parts.append(f"The {name} continues {config.prompt!r}:\n\n{quoted(text)}")
     if command:
         parts.append(f"Command: `{command}`")
     return "\n\n".join(parts) + "\n"

@@ -35,6 +35,7 @@ from gsa.training import RunError, train
 from gsa.training.distributed import Team, join
 from gsa.training.files import write_json, write_text
 from gsa.training.objective import Objective, next_token
+from gsa.training.report import sample
 from gsa.training.setup import check_rows, pick_device
 
 FREE = (
@@ -122,12 +123,21 @@ def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
         if ended.status == "stopped":
             return DistillResult(model=ended.folder, status="stopped", signal=ended.signal)
     model = Path(runs[-1].out)
-    found = _compare(config, teacher, model, questions, team)
+    student = _open(model, teacher)
+    found = compare(
+        student,
+        teacher,
+        TokenShards(config.validation) if config.validation else None,
+        questions,
+        most_tokens=config.held_out_tokens,
+        team=team,
+    )
 
     def write() -> None:
         said = recovery_json(config, teacher_folder, model, found, yardstick)
         write_json(Path(config.out) / RECOVERY, said)
-        text = report_text(config, teacher_folder, model, found, yardstick, command)
+        samples = _samples(config, {"teacher": teacher.model, "student": student})
+        text = report_text(config, teacher_folder, model, found, yardstick, samples, command)
         write_text(Path(config.out) / REPORT, text)
 
     team.ask_first(write)
@@ -208,20 +218,19 @@ def _questions(config: DistillConfig) -> list[Questions]:
     )
 
 
-def _compare(
-    config: DistillConfig,
-    teacher: FrozenTeacher,
-    model: Path,
-    questions: list[Questions],
-    team: Team,
-) -> Comparison:
+def _open(model: Path, teacher: FrozenTeacher) -> Any:
+    """The student that was taught, where its teacher is."""
     with without_bars():
         student: Any = GSAForCausalLM.from_pretrained(model, dtype=torch.float32)
-    return compare(
-        student.to(teacher.device),
-        teacher,
-        TokenShards(config.validation) if config.validation else None,
-        questions,
-        most_tokens=config.held_out_tokens,
-        team=team,
-    )
+    return student.to(teacher.device)
+
+
+def _samples(config: DistillConfig, models: dict[str, Any]) -> dict[str, str]:
+    """How each continues the prompt, if there is one."""
+    if not config.prompt:
+        return {}
+    shards = open_rows(config.data, seq_len=config.seq_len, seed=0).shards
+    tokenizer = shards.load_tokenizer()
+    return {
+        name: sample(model, tokenizer, config.prompt, config.seed) for name, model in models.items()
+    }

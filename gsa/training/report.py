@@ -136,7 +136,7 @@ def report_text(
     if validation is not None:
         parts.append(f"## Held-out text\n\n{_sources(validation, unit)}")
     if continuation:
-        parts.append(f"## A continuation\n\nOf {config.prompt!r}:\n\n{_quoted(continuation)}")
+        parts.append(f"## A continuation\n\nOf {config.prompt!r}:\n\n{quoted(continuation)}")
     settings = config.to_dict()
     lines = [f"| {key} | {value!r} |" for key, value in settings.items() if key != "model"]
     lines += [f"| model.{key} | {value!r} |" for key, value in config.model.items()]
@@ -217,6 +217,6 @@ def _sources(shards: TokenShards | MixedShards, unit: str) -> str:
     return "\n".join(lines)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     # Indented code: nothing in the text can be taken for Markdown.
     return "\n".join(f"    {line}" for line in text.splitlines())

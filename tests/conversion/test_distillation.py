@@ -165,10 +165,13 @@ def test_each_branch_is_switched_off(make_config, lesson, tmp_path):
 
 
 def test_without_held_out_text_there_is_recall_alone(make_config, tmp_path):
-    result = distill(make_config(validation="", tokens=4 * 4 * T))
+    result = distill(make_config(validation="", tokens=4 * 4 * T, prompt="the slot"))
     said = json.loads((tmp_path / "run" / "recovery.json").read_text())
     assert result.recovery is None and "student" not in said and "48" in said["recall"]["shares"]
-    assert "perplexity" not in (tmp_path / "run" / "report.md").read_text()
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "perplexity" not in report
+    for name in ("teacher", "student"):
+        assert f"The {name} continues 'the slot':\n\n    the slot" in report
 
 
 def test_the_teacher_finetuned_on_the_same_tokens_is_the_yardstick(make_config, lesson, tmp_path):
