@@ -1,4 +1,4 @@
-"""A block for one token of one row: six kernels, each begun before the one before it ends."""
+"""A block for one token of one row: five kernels, each begun before the one before it ends."""
 
 from typing import Any
 
@@ -65,6 +65,8 @@ class ThinBlock(nn.Module):
         self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
         self.attn: GatedSlotAttention = block.attn
         self.mlp: SwiGLU = block.mlp
+        heads, device = self.attn.options.kv_heads, self.attn.q_proj.weight.device
+        self.arrivals = torch.zeros(1, heads, dtype=torch.int32, device=device)
 
     def forward(self, x_11D: Tensor, layout: TokenLayout, state: State) -> Tensor:
         """One token [1, 1, D]; writes into the tensors of `state`."""
@@ -86,7 +88,7 @@ class ThinBlock(nn.Module):
         )
         read = step.launch(
             (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
-            options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, follows=True,
+            options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, self.arrivals,
         )  # fmt: skip
         x = thin.thin_output(
             read.flatten(1), attn.o_proj.weight, x, norm=norm_of(attn.g_norm), swish=True

@@ -1,4 +1,4 @@
-"""One token against the memory, for decoding: two Triton kernels and their launch.
+"""One token against the memory, for decoding: Triton kernels and their launch.
 
     memory' = Diag(exp(log_forget)) · memory + write ⊗ [k ; v]
     output  = activation(scale · memory'[:, :K] · q)ᵀ · memory'[:, K:]
@@ -9,7 +9,10 @@
 forgets, writes, stores and scores them (a slot's score needs its own row only: no program waits for
 another, and the update may be in place), and for each query head of the group sums its values,
 weighted. For softmax the weights are relative to the block's largest score, kept beside their sum.
-`combine_kernel` adds a query head's sums in a fixed order. One block needs no combining.
+`combine_kernel` adds a query head's sums in a fixed order. One block needs no combining. Where few
+rows make every launch count, `advance_kernel` does it all: whoever of a key/value head's programs
+is the last to finish adds what all have left, in the same fixed order (as sums are in CUDA's sample
+threadFenceReduction).
 
 What is compiled depends on H, G, K, V, M, dtypes and options only: no argument is specialised on
 its value or alignment, and `step_op.py` brings every tensor to the alignment that K and V promise.
@@ -148,17 +151,44 @@ def store_sums(
         store_vector(result, first + r * STRIDE, columns, sum_C, V, ALIGNED)
 
 
+@triton.jit
+def combine(
+    partials, output, head, columns, V: tl.constexpr, N: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums of a head's N blocks, in their order, and stores them.
+
+    Read past L1, which may hold what was there before another program wrote.
+    """
+    blocks = tl.arange(0, triton.next_power_of_2(N))
+    partials += head * N * P
+    if ALIGNED:
+        partials = tl.multiple_of(partials, 16)
+    offsets, mask = tile_of(blocks * P, columns, blocks < N, 0, V)
+    sum_NC = tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
+    if ACTIVATION == "softmax":
+        last = partials + (blocks * P + P)
+        top_N = tl.load(last - 2, mask=blocks < N, other=-float("inf"), cache_modifier=".cg")
+        total_N = tl.load(last - 1, mask=blocks < N, other=0.0, cache_modifier=".cg")
+        share_N, _ = exp_and_complement(top_N - tl.max(top_N, 0))
+        sum_C = tl.sum(share_N[:, None] * sum_NC, 0) / tl.sum(share_N * total_N, 0)
+    else:
+        sum_C = tl.sum(sum_NC, 0)
+    store_vector(output, head * V, columns, sum_C, V, ALIGNED)
+
+
 # q [B, H, K], k [B, G, K], v [B, G, V], log_forget and write (or None) [B, G, M]: dense.
 # before, after: fp32 [pool, G, M, K+V], each row dense; may be one. rows: int64 [B] or None.
 # result: fp32 [B, H, N, P], P = V sums, .., largest score, sum of weights; if N = 1 the output.
-@triton.jit(do_not_specialize=[*range(13)])
+# arrivals: int32 [B, G], 0 before and after: then output [B, H, V] is written here, too; or None.
+@triton.jit(do_not_specialize=[*range(15)])
 def advance_kernel(
-    q, k, v, log_forget, write, before, after, rows, result,
+    q, k, v, log_forget, write, before, after, rows, result, output, arrivals,
     scale: tl.float32, row_stride: tl.int64, row_stride_after: tl.int64, pool: tl.int64,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
-    VALUE_COLUMNS: tl.constexpr, P: tl.constexpr, ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr,
-    CHAINED: tl.constexpr, FOLLOWS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr, COMBINED: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     if CHAINED or FOLLOWS:  # the next kernel may be set up while this one works
         gdc_launch_dependents()
@@ -219,34 +249,31 @@ def advance_kernel(
         v_C = load_vector(v, pair * V, columns, V, ALIGNED)
         values_SC = renew(after, offsets, mask, values_SC, v_C, forget_S, write_S)
         store_sums(weight_SR, values_SC, result, mine, columns, V, R, STRIDE, ALIGNED)
+    if arrivals is not None:
+        tl.debug_barrier()  # what the other threads stored comes before what one of them announces
+        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") == N - 1:
+            for r in range(R):
+                for start in range(0, V, COMBINED):
+                    combine(
+                        result, output, pair * R + r, start + tl.arange(0, COMBINED), V, N, P,
+                        ACTIVATION, ALIGNED,
+                    )  # fmt: skip
+            tl.store(arrivals + pair, 0)
 
 
 # partials: fp32 [B·H, N, P], as above. output: [B·H, V]. C columns of one head to a program.
 @triton.jit(do_not_specialize=["partials", "output"])
 def combine_kernel(
-    partials, output, V: tl.constexpr, N: tl.constexpr, N_BLOCK: tl.constexpr, C: tl.constexpr,
-    P: tl.constexpr, SOFTMAX: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr,
+    partials, output, V: tl.constexpr, N: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         gdc_launch_dependents()
+        gdc_wait()
     pieces: tl.constexpr = (V + C - 1) // C
     head = (tl.program_id(0) // pieces).to(tl.int64)
     columns = (tl.program_id(0) % pieces) * C + tl.arange(0, C)
-    blocks = tl.arange(0, N_BLOCK)
-    partials += head * N * P
-    if ALIGNED:
-        partials = tl.multiple_of(partials, 16)
-    offsets, mask = tile_of(blocks * P, columns, blocks < N, 0, V)
-    if CHAINED:
-        gdc_wait()
-    sum_NC = tl.load(partials + offsets, mask=mask, other=0.0)
-    if SOFTMAX:
-        last = partials + (blocks * P + P)
-        top_N = tl.load(last - 2, mask=blocks < N, other=-float("inf"))
-        total_N = tl.load(last - 1, mask=blocks < N, other=0.0)
-        share_N, _ = exp_and_complement(top_N - tl.max(top_N, 0))
-        sum_NC *= (share_N / tl.sum(share_N * total_N, 0))[:, None]
-    store_vector(output, head * V, columns, tl.sum(sum_NC, 0), V, ALIGNED)
+    combine(partials, output, head, columns, V, N, P, ACTIVATION, ALIGNED)
 
 
 def power_of_two(n: int) -> int:
@@ -302,14 +329,15 @@ def launch(
     scale: float,
     slot_activation: str,
     aligned: bool,
-    follows: bool = False,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Fills `after`, which may be `before`, and returns the output [B, 1, H, V] in q's dtype.
 
     `token` is (q, k, v, log_forget, write). Tensors lie as `advance_kernel` wants them; `aligned`:
     all but gates and rows start at a multiple of 16 bytes, and K, V and row strides are multiples
-    of 4. `follows`: the kernel launched before this one lets the next be set up while it works, and
-    writes neither memory nor `rows`.
+    of 4. `arrivals`: int32 [B, G], all 0, which no other launch may use at the same time; then one
+    kernel does it all, leaving them 0, and the kernel launched before it lets the next be set up
+    while it works, and writes neither memory nor `rows`.
     """
     q, k, v, log_forget, write = token
     B, _, H, K = q.shape
@@ -318,29 +346,31 @@ def launch(
     output = torch.empty((B, 1, H, V), dtype=q.dtype, device=q.device)
     if B == 0:
         return output
-    tiles = step_tiles(K, V, M, R)
+    tiles, follows = step_tiles(K, V, M, R), arrivals is not None
     if follows:  # few rows: more and smaller programs are the sooner done
         tiles = tiles._replace(slots=max(1, tiles.slots // 2))
     N, P = -(-M // tiles.slots), -(-(V + 2) // 4) * 4  # rounded up
-    result = output
+    N_BLOCK = power_of_two(N)
+    result, separate = output, N > 1 and not follows
     if N > 1:
         result = torch.empty((B, H, N, P), dtype=torch.float32, device=q.device)
+    else:
+        arrivals = None
     chained = chaining(q.device)
+    combined = min(power_of_two(V), max(32, 2048 * tiles.warps // N_BLOCK))
     with torch.cuda.device_of(q):
         advance_kernel[(B * G * N,)](
-            q, k, v, log_forget, write, before, after, rows, result,
+            q, k, v, log_forget, write, before, after, rows, result, output, arrivals,
             scale, before.stride(0), after.stride(0), pool,
             G, R, K, V, M, N, tiles.slots, power_of_two(R), tiles.key_columns,
-            tiles.value_columns, P, slot_activation, aligned, N > 1 and bool(chained),
-            follows and bool(chained), num_warps=tiles.warps, enable_fp_fusion=False,
-            **(chained if follows else {}),
+            tiles.value_columns, combined, P, slot_activation, aligned,
+            separate and bool(chained), follows and bool(chained), num_warps=tiles.warps,
+            enable_fp_fusion=False, **(chained if follows else {}),
         )  # fmt: skip
-        if N > 1:  # small programs, one warp where that will do: this kernel is all latency
-            N_BLOCK = power_of_two(N)
+        if separate:  # small programs, one warp where that will do: this kernel is all latency
             C = min(power_of_two(V), max(32, 1024 // N_BLOCK))
             combine_kernel[(B * H * -(-V // C),)](
-                result, output, V, N, N_BLOCK, C, P, slot_activation == "softmax", aligned,
-                bool(chained), num_warps=max(1, min(8, N_BLOCK * C // 1024)),
-                enable_fp_fusion=False, **chained,
+                result, output, V, N, C, P, slot_activation, aligned, bool(chained),
+                num_warps=max(1, min(8, N_BLOCK * C // 1024)), enable_fp_fusion=False, **chained,
             )  # fmt: skip
     return output
