@@ -171,6 +171,8 @@ def combine(
         top_N = tl.load(last - 2, mask=blocks < N, other=-float("inf"), cache_modifier=".cg")
         total_N = tl.load(last - 1, mask=blocks < N, other=0.0, cache_modifier=".cg")
         share_N, _ = exp_and_complement(top_N - tl.max(top_N, 0))
+        # made once and handed round: otherwise every thread makes every share, and loads wait
+        share_N = tl.gather(share_N, blocks, 0)
         sum_C = tl.sum(share_N[:, None] * sum_NC, 0) / tl.sum(share_N * total_N, 0)
     else:
         sum_C = tl.sum(sum_NC, 0)
