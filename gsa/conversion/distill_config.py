@@ -82,6 +82,9 @@ class DistillConfig(Lesson):
     """Shard folder of held-out text that both read at the end; empty for none."""
     compile: bool = False
     """Compile the student's blocks: faster steps after half a minute."""
+    cuda_graph: bool = False
+    """Record a pass of teacher and student, and replay it: see gsa train. Rows without a document's
+    beginning in them have the teacher round otherwise."""
     seed: int = 0
     """Seeds the order of rows; each stage has its own."""
     checkpoint_interval: int = 200
@@ -144,6 +147,7 @@ class DistillConfig(Lesson):
             recompute=self.recompute,
             compile=self.compile,
             lean=self.compile,
+            cuda_graph=self.cuda_graph,
             seed=self.seed + number,
             checkpoint_interval=self.checkpoint_interval,
             validation_interval=self.validation_interval,

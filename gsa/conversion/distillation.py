@@ -36,11 +36,11 @@ from gsa.training.distributed import Team, join
 from gsa.training.files import write_json, write_text
 from gsa.training.objective import Objective, next_token
 from gsa.training.report import sample
-from gsa.training.setup import check_rows, pick_device
+from gsa.training.setup import check_team, pick_device
 
 FREE = (
     *("device", "checkpoint_interval", "held_out_tokens", "recall_distances", "recall_texts"),
-    *("yardstick", "prompt", "recompute"),
+    *("yardstick", "prompt", "recompute", "cuda_graph"),
 )
 """What a later call may ask otherwise."""
 
@@ -108,7 +108,7 @@ def _distill(config: DistillConfig, command: str, team: Team) -> DistillResult:
         yardstick = read_yardstick(config.yardstick, circumstances(config, teacher_folder))
     questions = _questions(config)
     runs = config.runs()
-    check_rows(runs[0], team)
+    check_team(runs[0], team)
     dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     device = str(pick_device(config.device, team))
     teacher = FrozenTeacher(teacher_folder, config.seq_len, device, dtype)

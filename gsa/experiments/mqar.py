@@ -118,13 +118,15 @@ class MQARRows(Rows):
 def answers_of(task: Task, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """(logits [A, W] at the A places of the batch that are asked for, their answers [A])
 
-    The rows go in as rows, not packed, and logits of other places are never computed.
+    The rows go in as rows, not packed, and logits of other places are never computed. As many are
+    asked for in every row, so nothing waits for a device to count them.
     """
     tokens, labels = (x.view(-1, task.seq_len) for x in (batch.input_ids, batch.labels))
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    targets = next_tokens(labels)
-    asked = targets != IGNORE
-    return model.lm_head(hidden[asked]), targets[asked]
+    targets = next_tokens(labels).flatten()
+    asked = (targets != IGNORE).to(torch.uint8)
+    places = asked.argsort(descending=True, stable=True)[: len(tokens) * task.pairs]
+    return model.lm_head(hidden.flatten(0, 1)[places]), targets[places]
 
 
 def recall_loss(task: Task) -> Objective:

@@ -33,7 +33,7 @@ from gsa.training.comparison import ReportConfig, compare_runs
 from gsa.training.distributed import join
 from gsa.training.files import write_text
 from gsa.training.metrics import METRICS, read_metrics
-from gsa.training.setup import build_model_config, check_rows, pick_device
+from gsa.training.setup import build_model_config, check_team, pick_device
 
 Size = Literal["tiny", "small", "paper"]
 Sizes = Mapping[Size, tuple[str, float]]
@@ -141,7 +141,7 @@ def reproduce(
         }
         configs = {k: build_model_config(runs[k], shards, validation) for k in chosen}
         pick_device(config.device, team)
-        check_rows(recipe, team)
+        check_team(recipe, team)
         marks = {"data": shards.fingerprint, "validation": validation.fingerprint}
         free = {*FREE, *SUITE_FREE, "arms", "device", "out", "data", "validation"}
         asked = {key: value for key, value in asdict(config).items() if key not in free}

@@ -47,10 +47,10 @@ def next_tokens(labels_BT: Tensor) -> Tensor:
     return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORE)
 
 
-def _items(targets: Tensor, given: int | Tensor | None) -> Tensor:
+def _items(targets: Tensor, given: int | Tensor | None) -> int | Tensor:
     if given is None:
         return (targets != IGNORE).sum().clamp(min=1)
-    return torch.as_tensor(given, device=targets.device)
+    return given.to(targets.device) if isinstance(given, Tensor) else given
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head_WD: Tensor, targets_N: Tensor) -> Tensor:

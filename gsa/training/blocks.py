@@ -41,7 +41,12 @@ def compile_blocks(model: Any, *, lean: bool) -> None:
 
 
 def recompute_blocks(model: Any, every: int) -> None:
-    """Every so-manieth block keeps its input only and is computed again backwards; 0 for none."""
+    """Every so-manieth block keeps its input only and is computed again backwards; 0 for none.
+
+    Nothing in a block is random, so nothing random has to be the same the second time.
+    """
     for i, block in enumerate(model.model.layers):
         block.gradient_checkpointing = every > 0 and i % every == 0
-        block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        block._gradient_checkpointing_func = partial(
+            checkpoint, use_reentrant=False, preserve_rng_state=False
+        )

@@ -27,6 +27,7 @@ FREE_TO_CHANGE = frozenset(
         "nan_limit",
         "prompt",
         "recompute",
+        "cuda_graph",
         "sinks",
         "device",
     ]
@@ -106,6 +107,9 @@ class TrainConfig:
     lean: bool = False
     """Compiled blocks keep results of matrix products and of the operator only, and compute again
     what is elementwise: less memory for a little time."""
+    cuda_graph: bool = False
+    """Record a forward and backward pass on the GPU, and replay it: the same numbers, faster where
+    launches take longer than what they launch, as in small models. One process only."""
     seed: int = 0
     """Seeds the initial weights and the order of the rows."""
     validation_interval: int = 0
@@ -152,7 +156,7 @@ class TrainConfig:
             if getattr(self, name) not in get_args(kinds):
                 expected = f"one of {get_args(kinds)}"
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
-        for name in ("compile", "lean", "master_weights"):
+        for name in ("compile", "lean", "master_weights", "cuda_graph"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         self._check_together()
@@ -160,6 +164,8 @@ class TrainConfig:
     def _check_together(self) -> None:
         if self.lean and not self.compile:
             raise ValueError("lean: expected false without compile, which is what it is about")
+        if self.cuda_graph and not self.device.startswith("cuda"):
+            raise ValueError(f"cuda_graph: expected false on device {self.device}; set device cuda")
         if self.init and self.model:
             raise ValueError(
                 f"model: expected no keys with init (its folder has a config), got {self.model!r}"

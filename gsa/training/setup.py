@@ -75,8 +75,10 @@ def pick_device(name: str, team: Team) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def check_rows(config: TrainConfig, team: Team) -> None:
-    """ValueError unless every process gets as many rows."""
+def check_team(config: TrainConfig, team: Team) -> None:
+    """ValueError unless every process gets as many rows, or if something takes one process."""
+    if config.cuda_graph and team.mesh is not None:
+        raise ValueError(f"cuda_graph: expected false with {team.world} processes; one can record")
     if config.rows % team.world:
         raise ValueError(
             f"rows: expected a multiple of {team.world}, the number of processes, got "

@@ -1,5 +1,6 @@
 """One optimizer step after another on rows that come by position: what a training run repeats."""
 
+import math
 import time
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,8 +13,9 @@ from gsa.model import GSAConfig
 from gsa.training.config import TrainConfig
 from gsa.training.distributed import Team, whole
 from gsa.training.gauge import Gauge
-from gsa.training.objective import Objective, num_targets, to_device
+from gsa.training.objective import Objective, num_targets
 from gsa.training.optimizer import build_optimizer
+from gsa.training.passes import Passes, RecordedPasses
 from gsa.training.schedule import learning_rate
 from gsa.training.setup import build_model
 from gsa.training.state import Progressed
@@ -39,13 +41,18 @@ class Stepper:
         self.model = build_model(config, model_config, device, team)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.model, config)
+        passes = RecordedPasses if config.cuda_graph else Passes
+        self.passes = passes(self._pass, self.optimizer, device)
         self.gauge = Gauge(config, model_config, device, team.world)
         self.at = Progressed()
+        self.ahead: tuple[int, list[Batch]] | None = None
 
-    def batches(self) -> list[Batch]:
-        """This process's share of the batches of the next step."""
+    def batches(self, position: int) -> list[Batch]:
+        """This process's share of the batches of the step that begins at that row."""
+        if self.ahead is not None and self.ahead[0] == position:
+            return self.ahead[1]
         rows, team = self.config.rows, self.team
-        firsts = (self.at.position + i * rows for i in range(self.config.accumulation))
+        firsts = (position + i * rows for i in range(self.config.accumulation))
         return [self.rows.share(first, rows, team.rank, team.world) for first in firsts]
 
     def step(self) -> dict[str, Any]:
@@ -58,27 +65,29 @@ class Stepper:
         config, at, team = self.config, self.at, self.team
         started = time.perf_counter()
         self.gauge.begin()
-        batches = self.batches()
+        batches = self.batches(at.position)
         data_wait = time.perf_counter() - started
         targets = max(team.total(sum(num_targets(batch) for batch in batches)), 1)
         loss, norm = self._backward(batches, targets)
+        rows = config.rows * config.accumulation
+        self.ahead = (at.position + rows, self.batches(at.position + rows))  # while a GPU is at it
+        loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         lr = learning_rate(config, at.step + 1)
-        finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-        skip = not finite or at.is_spike(norm.item(), config.spike)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        skip = not finite or at.is_spike(norm, config.spike)
         if not skip:
             self.optimizer.step(lr)
-        self.optimizer.zero_grad()
+        self.passes.clear()
         tokens = team.world * sum(batch.input_ids.numel() for batch in batches)
-        rows = config.rows * config.accumulation
-        at.note_step(rows=rows, tokens=tokens, norm=None if skip else norm.item())
+        at.note_step(rows=rows, tokens=tokens, norm=None if skip else norm)
         seconds = time.perf_counter() - started
         at.seconds += seconds
         return {
             "step": at.step,
-            "loss": loss.item(),
-            "ppl": loss.exp().item(),
+            "loss": loss,
+            "ppl": torch.tensor(loss).exp().item(),
             "lr": lr,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
             "tokens": at.tokens,
             "skipped": at.skipped,
             "data_wait": data_wait,
@@ -87,15 +96,16 @@ class Stepper:
 
     def _backward(self, batches: list[Batch], targets: int) -> tuple[Tensor, Tensor]:
         """(loss, norm of the gradient) of the whole step, which all processes agree on."""
-        loss = torch.zeros((), device=self.device)
-        for i, batch in enumerate(batches, 1):
-            self.team.reduce_over_hosts(self.model, i == len(batches))
-            with self.precision():
-                part = self.objective(self.model, to_device(batch, self.device)) / targets
-            part.backward()
-            loss += part.detach()
+        loss = self.passes(batches, targets)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         return self.team.sum(loss), self.team.as_first(whole(norm))
+
+    def _pass(self, batch: Batch, targets: int | Tensor, last: bool) -> Tensor:
+        self.team.reduce_over_hosts(self.model, last)
+        with self.precision():
+            part = self.objective(self.model, batch) / targets
+        part.backward()
+        return part.detach()
 
     def precision(self) -> AbstractContextManager[Any]:
         enabled = self.config.dtype == "bf16"

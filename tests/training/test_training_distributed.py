@@ -26,7 +26,7 @@ from gsa.data import PackedRows, TokenShards
 from gsa.training import RunError, train
 from gsa.training.distributed import Team
 from gsa.training.export_run import ExportConfig, export_run
-from gsa.training.setup import check_rows
+from gsa.training.setup import check_team
 
 UNEVEN = {"model": {"gate": "data_independent"}}  # [2 heads, 8 slots]: fewer rows than processes
 
@@ -313,9 +313,9 @@ def test_export_needs_a_whole_checkpoint_and_a_new_folder(runs, tmp_path):
 
 
 def test_rows_must_divide(runs):
-    check_rows(runs("x"), Team(world=2))
+    check_team(runs("x"), Team(world=2))
     with pytest.raises(ValueError, match=r"rows: expected a multiple of 3.*got 4"):
-        check_rows(runs("x"), Team(world=3))
+        check_team(runs("x"), Team(world=3))
 
 
 @pytest.mark.gpu
