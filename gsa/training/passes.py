@@ -11,9 +11,9 @@ from gsa.training.errors import RunError
 from gsa.training.objective import to_device
 from gsa.training.optimizer import Optimizers
 
-Pass = Callable[[Batch, int | Tensor, bool], Tensor]
-"""(batch on the device, targets of the step, whether it is the step's last) → the batch's share of
-the step's loss, a scalar without gradient, once the parameters' gradients have been added to."""
+Pass = Callable[[Batch, Tensor, bool], Tensor]
+"""(batch and the step's number of targets, both on the device, whether it is the step's last) → the
+batch's share of the step's loss, a scalar without gradient, once the gradients have been added to."""
 
 WARM_UP = 3
 """Passes before one is recorded: they compile kernels, and choose among them."""
@@ -28,8 +28,9 @@ class Passes:
     def __call__(self, batches: list[Batch], targets: int) -> Tensor:
         """The step's loss, its gradients added up from nothing."""
         loss = torch.zeros((), device=self.device)
+        count = torch.full((), float(targets), device=self.device)
         for number, batch in enumerate(batches, 1):
-            loss += self.run(to_device(batch, self.device), targets, number == len(batches))
+            loss += self.run(to_device(batch, self.device), count, number == len(batches))
         return loss
 
     def clear(self) -> None:
@@ -110,12 +111,12 @@ class RecordedPasses(Passes):
 
 
 def fixed_batch(batch: Batch, device: torch.device) -> Batch:
-    """A batch on `device` for others to be copied to, with room for half as many sequences more."""
+    """Room on `device` for batches like this one, and for half as many sequences more."""
     sequences = len(batch.cu_seqlens) - 1
     room = -(-(sequences + sequences // 2) // 32) * 32
     return batch._replace(
-        input_ids=batch.input_ids.to(device),
-        labels=batch.labels.to(device),
+        input_ids=torch.zeros_like(batch.input_ids, device=device),
+        labels=torch.zeros_like(batch.labels, device=device),
         cu_seqlens=torch.zeros(room + 1, dtype=batch.cu_seqlens.dtype, device=device),
     )
 

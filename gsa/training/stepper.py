@@ -100,7 +100,7 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         return self.team.sum(loss), self.team.as_first(whole(norm))
 
-    def _pass(self, batch: Batch, targets: int | Tensor, last: bool) -> Tensor:
+    def _pass(self, batch: Batch, targets: Tensor, last: bool) -> Tensor:
         self.team.reduce_over_hosts(self.model, last)
         with self.precision():
             part = self.objective(self.model, batch) / targets
