@@ -69,6 +69,13 @@ VARIANTS = {
     },
 }
 
+SLOTS = {
+    **{"num_heads": 9, "num_kv_heads": 3, "head_dim": 6, "gate_bias": True, "rope_theta": 100.0},
+    **{"feature_map": "identity", "value_activation": "identity", "scale": "rsqrt_key"},
+    **{"output_activation": "identity", "output_norm": False, "tie_word_embeddings": True},
+}
+"""The form that `gsa convert` makes unless told otherwise."""
+
 
 def build_tiny(seed=0, **changes):
     torch.manual_seed(seed)

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsa.layers.feature_map import VALUE_ACTIVATIONS
 from gsa.layers.mixer import State
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.norm import RMSNorm
 from gsa.layers.projections import is_linear
+from gsa.layers.rope import rope_frequencies
 from gsa.layers.slot_attention import GatedSlotAttention
 from gsa.layers.token_layout import TokenLayout
 from gsa.ops.api import describe_impl
@@ -20,8 +22,8 @@ def takes_thin_blocks(model: Any, rows: int) -> bool:
     """Whether every block of a model, and its head, can be a `ThinBlock`: for one row.
 
     It has to be on a GPU with Triton, in fp32, bf16 or fp16, with slots in every layer and of the
-    usual kind: what follows the projections is swish and nothing else, gates are data-dependent,
-    the output is normalised. Biases of the inputs are welcome.
+    usual kind: what follows the projections is swish or nothing, and perhaps the rotation; gates
+    are data-dependent; the output has no gate. Biases of the inputs are welcome.
     """
     head = model.lm_head
     if (
@@ -40,9 +42,9 @@ def is_usual(block: Any) -> bool:
     if not isinstance(attn, GatedSlotAttention) or attn.impl not in ("auto", "triton"):
         return False
     options = attn.options
-    usual = options.swish_follows and options.rope_theta is None and options.output_norm
-    usual = usual and options.output_activation == "swish" and not options.output_gate
-    usual = usual and options.gate == "data_dependent"
+    usual = options.feature_map in VALUE_ACTIVATIONS and options.gate == "data_dependent"
+    usual = usual and not (options.qk_norm or options.use_short_conv or options.output_gate)
+    usual = usual and options.window_branch is None
     inputs: tuple[Any, ...] = (attn.q_proj, attn.k_proj, attn.v_proj, attn.f_proj)
     outputs: tuple[Any, ...] = (attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     return (
@@ -65,8 +67,13 @@ class ThinBlock(nn.Module):
         self.attn_norm, self.mlp_norm = block.attn_norm, block.mlp_norm
         self.attn: GatedSlotAttention = block.attn
         self.mlp: SwiGLU = block.mlp
-        heads, device = self.attn.options.kv_heads, self.attn.q_proj.weight.device
-        self.arrivals = torch.zeros(1, heads, dtype=torch.int32, device=device)
+        options, device = self.attn.options, self.attn.q_proj.weight.device
+        self.arrivals = torch.zeros(1, options.kv_heads, dtype=torch.int32, device=device)
+        self.frequency, self.factor = None, 1.0
+        if options.rope_theta is not None:
+            rotation = (options.key_width, options.rope_theta, options.rope_scaling)
+            self.frequency = rope_frequencies(*rotation, device)
+            self.factor = float((options.rope_scaling or {}).get("attention_factor", 1.0))
 
     def forward(self, x_11D: Tensor, layout: TokenLayout, state: State) -> Tensor:
         """One token [1, 1, D]; writes into the tensors of `state`."""
@@ -80,19 +87,26 @@ class ThinBlock(nn.Module):
             x, norm_of(self.attn_norm), layout.pads,
             (weights_of(attn.q_proj), weights_of(attn.k_proj), weights_of(attn.v_proj),
              weights_of(attn.f_proj)),
-            options.gate_logit_normalizer,
+            options.gate_logit_normalizer, options.feature_map == "swish",
+            options.value_activation == "swish",
         )  # fmt: skip
         heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
         q, k, v, log_forget = (
             y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
         )
+        turn = None
+        if self.frequency is not None:
+            turn = step.Turn(layout.positions, self.frequency, self.factor)
         read = step.launch(
             (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
             options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, self.arrivals,
+            turn,
         )  # fmt: skip
         x = thin.thin_output(
-            read.flatten(1), attn.o_proj.weight, x, norm=norm_of(attn.g_norm), swish=True
-        )
+            read.flatten(1), attn.o_proj.weight, x,
+            norm=norm_of(attn.g_norm) if options.output_norm else None,
+            swish=options.output_activation == "swish",
+        )  # fmt: skip
         h = thin.thin_gate_up(x, norm_of(self.mlp_norm), mlp.gate_proj.weight, mlp.up_proj.weight)
         return thin.thin_output(h, mlp.down_proj.weight, x)[:, None]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import VARIANTS, build_tiny
+from tiny_models import SLOTS, VARIANTS, build_tiny
 
 from gsa.generation import Decoder, ModelState, Sampling
 
@@ -19,16 +19,17 @@ def on_gpu(dtype=torch.float32, **variant):
     return build_tiny(**variant).to(dtype).cuda()
 
 
-def wide(dtype=torch.bfloat16):
+def wide(dtype=torch.bfloat16, **form):
     """Of sizes for which kernels take their fast paths."""
     sizes = dict(hidden_size=256, num_heads=2, num_slots=64, intermediate_size=512, vocab_size=1000)
-    return on_gpu(dtype, **sizes)
+    return on_gpu(dtype, **(sizes | form))
 
 
 def test_greedy_is_transformers_generate(prompts):
-    for variant in VARIANTS.values():
+    for name, variant in (VARIANTS | {"slots": SLOTS}).items():
         model = on_gpu(**variant)
         decoder = Decoder(model)
+        assert decoder.is_thin == (name in ("paper", "slots"))
         for prompt in prompts(3):
             ids = torch.tensor([prompt], device="cuda")
             mask = torch.ones_like(ids)
@@ -61,9 +62,12 @@ def test_a_row_is_the_same_wherever_it_stands_and_whoever_is_beside_it(prompts):
     assert [list(decoder.write(s, c)) for s, c in zip(states, CHOICES, strict=True)] == there
 
 
-def test_the_step_never_waits_for_the_host(prompts):
-    decoder = Decoder(wide(), rows=2)
-    for prompt, sampling in zip(prompts(2), CHOICES[1:], strict=False):
+@pytest.mark.parametrize(
+    ("rows", "form"), [(2, {}), (1, SLOTS | {"head_dim": 64})], ids=["pool", "one slots"]
+)
+def test_the_step_never_waits_for_the_host(prompts, rows, form):
+    decoder = Decoder(wide(**form), rows=rows)
+    for prompt, sampling in zip(prompts(rows), CHOICES[1:], strict=False):
         decoder.start(decoder.prefill(prompt), sampling)
     needs = CHOICES[1].needs | CHOICES[2].needs
     decoder.step(needs)

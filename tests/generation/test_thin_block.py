@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import build_tiny
+from tiny_models import SLOTS, build_tiny
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
@@ -13,19 +13,25 @@ from gsa.layers.token_layout import TokenLayout
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 USUAL = {
     "plain": {},
-    "grouped": {"num_kv_heads": 1},
     "biased": {"qkv_bias": True, "gate_bias": True},
     "no_weights_in_norms": {"elementwise_affine": False},
     "relu_slots": {"slot_activation": "relu"},
+    "slots": SLOTS,
+    "turned_and_stretched": {
+        **{"rope_theta": 100.0, "value_activation": "identity"},
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0},
+            **{"original_max_position_embeddings": 64, "attention_factor": 1.2},
+        },
+    },
 }
 UNUSUAL = {
     "no MLP": {"intermediate_size": 0},
-    "rope": {"rope_theta": 10000.0},
     "abc": {"gate": "abc"},
     "static": {"gate": "data_independent"},
     "output_gate": {"output_gate": True},
-    "no_output_norm": {"output_norm": False},
-    "no_output_activation": {"output_activation": "identity"},
+    "qk_norm": {"qk_norm": True},
+    "window": {"window_branch": 4},
     "relu": {"feature_map": "relu"},
     "short_conv": {"use_short_conv": True},
 }
@@ -39,7 +45,7 @@ def test_it_is_the_block(options):
     for block, asleep in zip(model.model.layers, (False, True), strict=True):
         assert is_usual(block)
         pads = torch.tensor([[asleep]], device=DEVICE)
-        layout = TokenLayout(torch.full((1, 1), -1 if asleep else 7, device=DEVICE), pads)
+        layout = TokenLayout(torch.full((1, 1), -1 if asleep else 7007, device=DEVICE), pads)
         state = block.attn.empty_state(1, 1)
         memory = torch.randn(state["memory"].shape, generator=rng).to(DEVICE)
         x = torch.randn(1, 1, D, generator=rng).to(DEVICE)

@@ -17,6 +17,7 @@ from numerics import (
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
+from gsa.layers.rope import rope_frequencies, rotate
 from gsa.ops import SLOT_ACTIVATIONS
 from gsa.ops.triton import step
 from gsa.ops.triton.step_op import triton_step
@@ -132,6 +133,23 @@ def test_one_kernel_does_it_all(monkeypatch, sizes, slot_activation):
     check(inputs, memory, first, slot_activation=slot_activation)
     check(inputs, first["memory"].cpu(), advance(first["memory"]), slot_activation=slot_activation)
     assert_bit_equal(cpu(advance(memory)), cpu(first))
+
+
+# not bf16: the interpreter cuts its digits off instead of rounding
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_queries_and_keys_are_turned_on_their_way(monkeypatch, dtype):
+    """As the layer turns them, in pieces: 8 columns at once of 20."""
+    monkeypatch.setattr(step, "step_tiles", lambda *_: step.StepTiles(4, 8, 32, 1))
+    inputs, memory = token(B=2, H=6, G=2, K=20, V=12, M=7, memory=2, dtype=dtype)
+    positions = torch.tensor([[7007], [3]], device=DEVICE)
+    scaling = {"rope_type": "linear", "factor": 2.0, "attention_factor": 1.5}
+    given = {name: x.to(DEVICE) for name, x in inputs.items()}
+    turn = step.Turn(positions, rope_frequencies(20, 1e4, scaling, DEVICE), 1.5)
+    held, arrivals = memory.clone().to(DEVICE), torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
+    vectors = (given["q"], given["k"], given["v"], given["log_forget"], None)
+    output = step.launch(vectors, held, held, None, 0.7, "softmax", True, arrivals, turn)
+    turned = {name: rotate(given[name], positions, 1e4, scaling).cpu() for name in "qk"}
+    check(inputs | turned, memory, {"output": output, "memory": held})
 
 
 def test_tiles_are_powers_of_two_that_fit_a_program():

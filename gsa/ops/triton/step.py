@@ -12,7 +12,8 @@ weighted. For softmax the weights are relative to the block's largest score, kep
 `combine_kernel` adds a query head's sums in a fixed order. One block needs no combining. Where few
 rows make every launch count, `advance_kernel` does it all: whoever of a key/value head's programs
 is the last to finish adds what all have left, in the same fixed order (as sums are in CUDA's sample
-threadFenceReduction).
+threadFenceReduction). Queries and keys may be turned by their position on the way in: each program
+does it for itself, the cosines while the kernel before still works.
 
 What is compiled depends on H, G, K, V, M, dtypes and options only: no argument is specialised on
 its value or alignment, and `step_op.py` brings every tensor to the alignment that K and V promise.
@@ -111,13 +112,44 @@ def read_weights(score_SR, inside_S, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def turn_of(position, frequency, columns, K: tl.constexpr, FACTOR: tl.constexpr):
+    """(cos, sin) [C] that turn columns of a head [K]: sin with the sign of its term there.
+
+    As `gsa.layers.rope.rotate` makes them; (0, 0) without frequencies.
+    """
+    cos_C = tl.zeros([columns.shape[0]], tl.float32)
+    sin_C = cos_C
+    if frequency is not None:
+        pairs = columns % (K // 2)
+        angle_C = position * tl.load(frequency + pairs, mask=columns < K, other=0.0)
+        cos_C, sin_C = tl.cos(angle_C) * FACTOR, tl.sin(angle_C) * FACTOR
+        sin_C = tl.where(columns < K // 2, -sin_C, sin_C)
+    return cos_C, sin_C
+
+
+@triton.jit
+def load_turned(
+    pointer, offset, columns, frequency, cos_C, sin_C, K: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Columns of a head [K], turned if there are frequencies, rounded as the layer rounds them."""
+    head_C = load_vector(pointer, offset, columns, K, ALIGNED)
+    if frequency is not None:
+        partners = tl.where(columns < K // 2, columns + K // 2, columns - K // 2)
+        partner_C = tl.load(pointer + offset + partners, mask=columns < K, other=0.0)
+        head_C = head_C * cos_C + partner_C.to(tl.float32) * sin_C
+        head_C = head_C.to(pointer.dtype.element_ty).to(tl.float32)
+    return head_C
+
+
+@triton.jit
 def advance_keys(
-    keys_SC, q, k, pair, before, after, row_S, mine_S, forget_S, write_S,
-    K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr, ALIGNED: tl.constexpr,
+    keys_SC, cos_C, sin_C, q, k, position, frequency, pair, before, after, row_S, mine_S, forget_S,
+    write_S, K: tl.constexpr, R: tl.constexpr, HEADS: tl.constexpr, C: tl.constexpr,
+    FACTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Renews the keys of the block; returns keys · q for each query head, [S, HEADS].
 
-    keys_SC: the first C columns, before.
+    keys_SC, cos_C, sin_C: of the first C columns, before.
     """
     S: tl.constexpr = row_S.shape[0]
     heads = tl.arange(0, HEADS)
@@ -125,16 +157,18 @@ def advance_keys(
     for start in range(0, K, C):
         columns = start + tl.arange(0, C)
         offsets, mask = tile_of(row_S, columns, mine_S, 0, K)
-        k_C = load_vector(k, pair * K, columns, K, ALIGNED)
-        q_C = load_vector(q, pair * R * K, columns, K, ALIGNED)
+        k_C = load_turned(k, pair * K, columns, frequency, cos_C, sin_C, K, ALIGNED)
+        q_C = load_turned(q, pair * R * K, columns, frequency, cos_C, sin_C, K, ALIGNED)
         keys_SC = renew(after, offsets, mask, keys_SC, k_C, forget_S, write_S)
         for r in range(R):
             score_S = tl.sum(keys_SC * q_C[None, :], 1)
             score_SR += tl.where(heads[None, :] == r, score_S[:, None], 0.0)
             # the next head's, ahead of its use (after the last head: unused)
-            q_C = load_vector(q, (pair * R + min(r + 1, R - 1)) * K, columns, K, ALIGNED)
+            head = (pair * R + min(r + 1, R - 1)) * K
+            q_C = load_turned(q, head, columns, frequency, cos_C, sin_C, K, ALIGNED)
         offsets, mask = tile_of(row_S, columns + C, mine_S, 0, K)
         keys_SC = tl.load(before + offsets, mask=mask, other=0.0)
+        cos_C, sin_C = turn_of(position, frequency, columns + C, K, FACTOR)
     return score_SR
 
 
@@ -183,13 +217,14 @@ def combine(
 # before, after: fp32 [pool, G, M, K+V], each row dense; may be one. rows: int64 [B] or None.
 # result: fp32 [B, H, N, P], P = V sums, .., largest score, sum of weights; if N = 1 the output.
 # arrivals: int32 [B, G], 0 before and after: then output [B, H, V] is written here, too; or None.
-@triton.jit(do_not_specialize=[*range(15)])
+# positions: int64 [B] and frequency: fp32 [K/2], to turn q and k by their product; or None.
+@triton.jit(do_not_specialize=[*range(17)])
 def advance_kernel(
-    q, k, v, log_forget, write, before, after, rows, result, output, arrivals,
+    q, k, v, log_forget, write, before, after, rows, result, output, arrivals, positions, frequency,
     scale: tl.float32, row_stride: tl.int64, row_stride_after: tl.int64, pool: tl.int64,
     G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
-    VALUE_COLUMNS: tl.constexpr, COMBINED: tl.constexpr, P: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr, COMBINED: tl.constexpr, P: tl.constexpr, FACTOR: tl.constexpr,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, CHAINED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     if CHAINED or FOLLOWS:  # the next kernel may be set up while this one works
@@ -216,8 +251,13 @@ def advance_kernel(
     columns = tl.arange(0, VALUE_COLUMNS)
     offsets, mask = tile_of(row_S, columns, mine_S, K, V)
     values_SC = tl.load(before + offsets, mask=mask, other=0.0)
-    key_offsets, key_mask = tile_of(row_S, tl.arange(0, KEY_COLUMNS), mine_S, 0, K)
+    key_columns = tl.arange(0, KEY_COLUMNS)
+    key_offsets, key_mask = tile_of(row_S, key_columns, mine_S, 0, K)
     keys_SC = tl.load(before + key_offsets, mask=key_mask, other=0.0)
+    position = 0.0
+    if positions is not None:
+        position = tl.load(positions + pair // G).to(tl.float32)
+    cos_C, sin_C = turn_of(position, frequency, key_columns, K, FACTOR)
     if FOLLOWS:  # q, k, v and the gates are the work of the kernel before
         gdc_wait()
     log_forget_S = tl.load(log_forget + pair * M + slots, mask=inside_S, other=0.0)
@@ -226,8 +266,8 @@ def advance_kernel(
         write_S = tl.load(write + pair * M + slots, mask=inside_S, other=0.0).to(tl.float32)
     v_C = load_vector(v, pair * V, columns, V, ALIGNED)
     score_SR = advance_keys(
-        keys_SC, q, k, pair, before, after, row_S, mine_S, forget_S, write_S, K, R, HEADS,
-        KEY_COLUMNS, ALIGNED,
+        keys_SC, cos_C, sin_C, q, k, position, frequency, pair, before, after, row_S, mine_S,
+        forget_S, write_S, K, R, HEADS, KEY_COLUMNS, FACTOR, ALIGNED,
     )  # fmt: skip
     values_SC = renew(after, offsets, mask, values_SC, v_C, forget_S, write_S)
 
@@ -283,6 +323,17 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+class Turn(NamedTuple):
+    """What turns queries and keys, as `gsa.layers.rope.rotate` does."""
+
+    positions: Tensor
+    """int64 [B, 1]."""
+    frequency: Tensor
+    """fp32 [K/2], radians a position."""
+    factor: float
+    """On the result."""
+
+
 class StepTiles(NamedTuple):
     """slots and warps of a program, and the columns of keys and of values it holds at once."""
 
@@ -332,6 +383,7 @@ def launch(
     slot_activation: str,
     aligned: bool,
     arrivals: Tensor | None = None,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Fills `after`, which may be `before`, and returns the output [B, 1, H, V] in q's dtype.
 
@@ -339,7 +391,8 @@ def launch(
     all but gates and rows start at a multiple of 16 bytes, and K, V and row strides are multiples
     of 4. `arrivals`: int32 [B, G], all 0, which no other launch may use at the same time; then one
     kernel does it all, leaving them 0, and the kernel launched before it lets the next be set up
-    while it works, and writes neither memory nor `rows`.
+    while it works, and writes neither memory nor `rows` nor positions. `turn`: what turns q and k;
+    None for such as are turned, or not to be.
     """
     q, k, v, log_forget, write = token
     B, _, H, K = q.shape
@@ -358,14 +411,15 @@ def launch(
         result = torch.empty((B, H, N, P), dtype=torch.float32, device=q.device)
     else:
         arrivals = None
+    positions, frequency, factor = (None, None, 1.0) if turn is None else turn
     chained = chaining(q.device)
     combined = min(power_of_two(V), max(32, 2048 * tiles.warps // N_BLOCK))
     with torch.cuda.device_of(q):
         advance_kernel[(B * G * N,)](
             q, k, v, log_forget, write, before, after, rows, result, output, arrivals,
-            scale, before.stride(0), after.stride(0), pool,
+            positions, frequency, scale, before.stride(0), after.stride(0), pool,
             G, R, K, V, M, N, tiles.slots, power_of_two(R), tiles.key_columns,
-            tiles.value_columns, combined, P, slot_activation, aligned,
+            tiles.value_columns, combined, P, factor, slot_activation, aligned,
             separate and bool(chained), follows and bool(chained), num_warps=tiles.warps,
             enable_fp_fusion=False, **(chained if follows else {}),
         )  # fmt: skip

@@ -103,16 +103,16 @@ def product(x, norm_weight, weight, rows_R, D: tl.constexpr, N: tl.constexpr, A:
 @triton.jit
 def project(x, norm_weight, asleep, weight, bias, out, rows_R, D: tl.constexpr, N: tl.constexpr,
             A: tl.constexpr, B: tl.constexpr, EPS: tl.constexpr, TAU: tl.constexpr,
-            CHAINED: tl.constexpr):  # fmt: skip
-    """Rows of one projection of `inputs_kernel`; TAU 0: swish, else the gate."""
+            SWISH: tl.constexpr, CHAINED: tl.constexpr):  # fmt: skip
+    """Rows of one projection of `inputs_kernel`; the gate's if TAU is not 0."""
     y_R = product(x, norm_weight, weight, rows_R, D, N, A, B, False, True, EPS, CHAINED)
     if bias is not None:
         y_R += tl.load(bias + rows_R, mask=rows_R < N, other=0.0).to(tl.float32)
     y_R = rounded(y_R, x)
-    if TAU == 0.0:
-        y_R = y_R * tl.sigmoid(y_R)
-    else:
+    if TAU != 0.0:
         y_R = tl.where(tl.load(asleep) != 0, 0.0, log_gate(y_R, TAU))
+    elif SWISH:
+        y_R = y_R * tl.sigmoid(y_R)
     tl.store(out + rows_R, y_R, mask=rows_R < N)
 
 
@@ -124,9 +124,9 @@ def inputs_kernel(
     q, k, v, log_forget,  # out [N]; log_forget fp32
     D: tl.constexpr, NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     NF: tl.constexpr, R: tl.constexpr, A: tl.constexpr, B: tl.constexpr, EPS: tl.constexpr,
-    TAU: tl.constexpr, CHAINED: tl.constexpr,
+    TAU: tl.constexpr, SWISH_KEYS: tl.constexpr, SWISH_VALUES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """h = RMSNorm(x); q, k, v = swish(W h); log f = logsigmoid(W h) / TAU, 0 if asleep."""
+    """h = RMSNorm(x); q, k, v = swish(W h) or W h; log f = logsigmoid(W h) / TAU, 0 if asleep."""
     KS: tl.constexpr = (NQ + R - 1) // R
     VS: tl.constexpr = KS + (NK + R - 1) // R
     FS: tl.constexpr = VS + (NV + R - 1) // R
@@ -136,16 +136,16 @@ def inputs_kernel(
     rows = tl.arange(0, R)
     if program < KS:
         project(x, norm_weight, asleep, q_weight, q_bias, q, program * R + rows, D, NQ, A, B, EPS,
-                0.0, CHAINED)  # fmt: skip
+                0.0, SWISH_KEYS, CHAINED)  # fmt: skip
     elif program < VS:
         project(x, norm_weight, asleep, k_weight, k_bias, k, (program - KS) * R + rows, D, NK, A, B,
-                EPS, 0.0, CHAINED)  # fmt: skip
+                EPS, 0.0, SWISH_KEYS, CHAINED)  # fmt: skip
     elif program < FS:
         project(x, norm_weight, asleep, v_weight, v_bias, v, (program - VS) * R + rows, D, NV, A, B,
-                EPS, 0.0, CHAINED)  # fmt: skip
+                EPS, 0.0, SWISH_VALUES, CHAINED)  # fmt: skip
     else:
         project(x, norm_weight, asleep, f_weight, f_bias, log_forget, (program - FS) * R + rows, D,
-                NF, A, B, EPS, TAU, CHAINED)  # fmt: skip
+                NF, A, B, EPS, TAU, False, CHAINED)  # fmt: skip
 
 
 @triton.jit
@@ -241,11 +241,12 @@ class Weights(NamedTuple):
 
 def thin_inputs(
     x: Tensor, norm: Norm, asleep: Tensor, layers: tuple[Weights, Weights, Weights, Weights],
-    tau: float,
+    tau: float, swish_keys: bool, swish_values: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(q, k, v, log_forget) of a row x [1, D]: as `GatedSlotAttention` makes them, each [1, N].
 
     asleep: bool [1, 1], whether log_forget is to be 0. layers: of q, k, v and the gate.
+    swish_keys, swish_values: whether q and k, and v, go through swish.
     """
     D, counts = x.shape[1], [len(layer.weight) for layer in layers]
     tile = thin_tile(sum(counts), D, x.element_size())
@@ -256,7 +257,8 @@ def thin_inputs(
         inputs_kernel[(sum(-(-n // tile.R) for n in counts),)](
             x, norm.weight, asleep, *(layer.weight for layer in layers),
             *(layer.bias for layer in layers), q, k, v, log_forget, D, *counts, tile.R, tile.A,
-            tile.B, norm.eps, tau, bool(chained), num_warps=tile.warps, **chained,
+            tile.B, norm.eps, tau, swish_keys, swish_values, bool(chained), num_warps=tile.warps,
+            **chained,
         )  # fmt: skip
     return q, k, v, log_forget
 
