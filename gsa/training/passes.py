@@ -13,7 +13,7 @@ from gsa.training.optimizer import Optimizers
 
 Pass = Callable[[Batch, Tensor, bool], Tensor]
 """(batch and the step's number of targets, both on the device, whether it is the step's last) → the
-batch's share of the step's loss, a scalar without gradient, once the gradients have been added to."""
+batch's share of the step's loss, a scalar without gradient, once gradients have been added to."""
 
 WARM_UP = 3
 """Passes before one is recorded: they compile kernels, and choose among them."""
