@@ -13,6 +13,7 @@ gsa prefill MODEL TEXT --state FILE       read a text into a file, to go on from
 gsa eval perplexity MODEL --data TEXT     perplexity of held-out text, by position
 gsa eval tasks MODEL --suite NAME         the paper's tasks, beside its figures
 gsa eval speed MODEL                      multiple choice beside lm-eval's own model
+gsa eval retrieval TEACHER --data SHARDS  which layers look things up: those to keep
 gsa bench ops [options]                   time the operator on this machine
 gsa bench training [options]              time training steps beside rivals
 gsa bench decode [options]                time decoding and prefill beside rivals
@@ -210,8 +211,16 @@ def prefill(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> int:
-    """how good a model is: gsa eval perplexity | tasks | speed"""
-    chosen, rest = _subcommand("eval", ("perplexity", "tasks", "speed"), arguments)
+    """how good a model is: gsa eval perplexity | tasks | speed | retrieval"""
+    chosen, rest = _subcommand("eval", ("perplexity", "tasks", "speed", "retrieval"), arguments)
+    if chosen == "retrieval":
+        from gsa.conversion.retrieval import RetrievalConfig, retrieval
+
+        about = "Find the layers of a Transformer that look things up in the text before."
+        config = _config("gsa eval retrieval", about, RetrievalConfig, rest, ("model",))
+        _text_alone()
+        retrieval(config)
+        return 0
     from gsa.evaluation import PerplexityConfig, SpeedConfig, TasksConfig
 
     if chosen == "tasks":
