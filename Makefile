@@ -8,7 +8,8 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 # A process per core, each with its own PyTorch in memory (about 1 GB), hence at most 8.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -c constraints.txt
+# Not compiled: most modules of what is installed are never imported, and those that are, compile then.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile $(PIP_FLAGS) -c constraints.txt
 
 .PHONY: demo test test-all check lint clean
 
