@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when imported, so do processes below
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -155,7 +155,7 @@ def oracle(
     initial_memory: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The operator as attention over all past tokens, one query at a time, in fp64."""
+    """The operator as attention over all past tokens, in fp64."""
     q, k, v, log_forget = (x.double() for x in (q, k, v, log_forget))
     write = -torch.expm1(log_forget) if write is None else write.double()
     (B, T, _, K), G, V, M = q.shape, k.shape[2], v.shape[3], log_forget.shape[3]
@@ -179,25 +179,32 @@ def oracle(
 
 def _oracle_sequence(q, k, v, log_forget, write, scale, slot_activation, first):
     T, H, K = q.shape
-    G, M = log_forget.shape[1:]
-    group = torch.arange(H, device=q.device) // (H // G)
-    alive = q.new_zeros(0, G, M)  # what is left of each past token's write, slot by slot
-    faded = q.new_ones(G, M)  # what is left of the initial memory
-    outputs = []
-    for t in range(T):
-        f = log_forget[t].exp()
-        alive = torch.cat([alive * f, write[t][None]])
-        faded = faded * f
-        likeness = torch.einsum("jhk,hk->jh", k[: t + 1, group], q[t])
-        score = torch.einsum("jh,jhm->hm", likeness, alive[:, group])
-        score = score + faded[group] * torch.einsum("hmk,hk->hm", first[group, :, :K], q[t])
-        p = ACTIVATIONS[slot_activation](scale * score)
-        attention = torch.einsum("hm,jhm->jh", p, alive[:, group])
-        recalled = torch.einsum("hm,hmv->hv", p * faded[group], first[group, :, K:])
-        outputs.append(torch.einsum("jh,jhv->hv", attention, v[: t + 1, group]) + recalled)
-    output = torch.stack(outputs) if outputs else q.new_zeros(0, H, v.shape[2])
-    kept = torch.cat([torch.einsum("jgm,jgx->gmx", alive, x) for x in (k, v)], -1)
-    return output, faded[..., None] * first + kept
+    group = torch.arange(H, device=q.device) // (H // log_forget.shape[1])
+    alive, faded = left_of_writes(log_forget)
+    alive = alive * write
+    likeness = torch.einsum("jhk,thk->tjh", k[:, group], q)
+    score = torch.einsum("tjh,tjhm->thm", likeness, alive[:, :, group])
+    score = score + faded[:, group] * torch.einsum("hmk,thk->thm", first[group, :, :K], q)
+    p = ACTIVATIONS[slot_activation](scale * score)
+    attention = torch.einsum("thm,tjhm->tjh", p, alive[:, :, group])
+    recalled = torch.einsum("thm,hmv->thv", p * faded[:, group], first[group, :, K:])
+    output = torch.einsum("tjh,jhv->thv", attention, v[:, group]) + recalled
+    if not T:
+        return output, first
+    kept = torch.cat([torch.einsum("jgm,jgx->gmx", alive[-1], x) for x in (k, v)], -1)
+    return output, faded[-1, ..., None] * first + kept
+
+
+def left_of_writes(log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """What is left after token t of token j's write, [t, j, ...], 0 if j > t, and of what was
+    before. Each is a sum of its own, not a difference of two long ones, which would cancel.
+    """
+    T = len(log_decay)
+    rows = torch.arange(T, device=log_decay.device)
+    rows = rows.view(T, 1, *[1] * (log_decay.dim() - 1))
+    since = torch.where(rows > rows.transpose(0, 1), log_decay[:, None], 0.0).cumsum(0)
+    alive = since.masked_fill(rows < rows.transpose(0, 1), -torch.inf).exp()
+    return alive, log_decay.cumsum(0).exp()
 
 
 def yardstick(

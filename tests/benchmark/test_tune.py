@@ -196,11 +196,11 @@ def test_real_launches_in_the_interpreter(machine, monkeypatch):
         pytest.skip("it is for the interpreter")
     monkeypatch.setattr(sizes, "segment_tokens", lambda packed: 64)
     monkeypatch.setattr(sizes, "span_tokens", lambda: 64)
-    case = replace(SMALL, H=1, T=70)
+    case = replace(SMALL, H=1, T=70, K=20, V=20)
     trial = trials.timed_trial(case, torch.float32, replace(machine, impl="triton", cache_bytes=0))
     packed = trials.packed_trial(case, torch.float32, replace(machine, impl="triton"))
     rows = [
-        FORMULA._replace(kernel=kernel, heads=1, block=16, warps=8, stages=2)
+        FORMULA._replace(kernel=kernel, width=20, heads=1, block=16, warps=8, stages=2)
         for kernel in table.KERNELS
     ]
     with table.using(rows):

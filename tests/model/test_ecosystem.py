@@ -22,24 +22,19 @@ import gsa
 from gsa.model import GSACache, GSAConfig, GSAForCausalLM, GSAModel, register_auto
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-SAMPLE = (
-    "config = AutoConfig.for_model('gsa', vocab_size=9, hidden_size=8, num_hidden_layers=1,"
-    " num_heads=2, intermediate_size=4)\n"
-    "assert type(AutoModelForCausalLM.from_config(config)).__module__ == 'gsa.model.modeling'\n"
-)
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        "import gsa\nfrom transformers import AutoConfig, AutoModelForCausalLM\n" + SAMPLE,
-        "from transformers import AutoConfig, AutoModelForCausalLM\nimport gsa\n" + SAMPLE,
-        "import gsa.model\nfrom transformers import AutoConfig, AutoModelForCausalLM\n" + SAMPLE,
-        "import gsa.ops, sys\nassert not {'transformers', 'triton'} & set(sys.modules)",
-        "import gsa.layers, sys\nassert not {'transformers', 'triton'} & set(sys.modules)",
-    ],
-)
-def test_the_auto_classes_know_the_model_whatever_is_imported_first(program):
+def test_the_auto_classes_know_the_model_when_it_is_imported_before_them():
+    """Through a room of the house; through gsa itself: `test_published_checkpoints.py`."""
+    program = """
+import gsa.layers, sys
+assert not {'transformers', 'triton'} & set(sys.modules), 'layers need neither'
+import gsa.model
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model('gsa', vocab_size=9, hidden_size=8, num_hidden_layers=1,
+                              num_heads=2, intermediate_size=4)
+assert type(AutoModelForCausalLM.from_config(config)).__module__ == 'gsa.model.modeling'
+"""
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=Path(gsa.__file__).parents[1],

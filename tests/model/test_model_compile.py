@@ -3,26 +3,52 @@
 import pytest
 import torch
 
+OPTIONS = {
+    "paper": {},
+    "abc and convolution": {
+        "gate": "abc",
+        "use_short_conv": True,
+        "num_kv_heads": 2,
+        "rope_theta": 10.0,
+    },
+    "hybrid": {
+        "gate": "data_independent",
+        "output_gate": True,
+        "attn": {"layers": [0], "num_heads": 2},
+    },
+    "window branch": {
+        "window_branch": 5,
+        "window_rope_theta": 10.0,
+        "gate_bias": True,
+        "num_kv_heads": 2,
+    },
+    "gla": {"mixer": "gla", "output_gate": True, "num_kv_heads": 2},
+    "retnet": {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10.0},
+    "hgrn2": {
+        "mixer": "hgrn2",
+        "num_hidden_layers": 3,
+        "attn": {"layers": [1], "num_heads": 2},
+    },
+    "rwkv6": {"mixer": "rwkv6", "gate_low_rank": 3, "shift_low_rank": 2},
+    "mamba": {
+        "mixer": "mamba",
+        "num_heads": 20,
+        "head_dim": 1,
+        "expand_k": 3,
+        "intermediate_size": 0,
+    },
+}
+PLAIN = ("paper", "hybrid", "gla", "mamba")
+"""One of each operator, and attention; the mixers are the same code around them."""
+
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "packed"),
     [
-        {},
-        {"gate": "abc", "use_short_conv": True, "num_kv_heads": 2, "rope_theta": 10.0},
-        {"gate": "data_independent", "output_gate": True, "attn": {"layers": [0], "num_heads": 2}},
-        {"window_branch": 5, "window_rope_theta": 10.0, "gate_bias": True, "num_kv_heads": 2},
-        {"mixer": "gla", "output_gate": True, "num_kv_heads": 2},
-        {"mixer": "retnet", "feature_map": "t2r", "rope_theta": 10.0},
-        {"mixer": "hgrn2", "num_hidden_layers": 3, "attn": {"layers": [1], "num_heads": 2}},
-        {"mixer": "rwkv6", "gate_low_rank": 3, "shift_low_rank": 2},
-        {"mixer": "mamba", "num_heads": 20, "head_dim": 1, "expand_k": 3, "intermediate_size": 0},
-    ],
-    ids=[
-        *("paper", "abc and convolution", "hybrid", "window branch"),
-        *("gla", "retnet", "hgrn2", "rwkv6", "mamba"),
+        *(pytest.param(OPTIONS[name], True, id=f"{name}, packed") for name in OPTIONS),
+        *(pytest.param(OPTIONS[name], False, id=name) for name in PLAIN),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_training_is_one_graph_with_the_same_gradients(tiny, token_ids, options, packed):
     torch.compiler.reset()
     model, ids = tiny(**options).train(), token_ids(1, 20)

@@ -14,6 +14,7 @@ from numerics import (
     evaluate,
     gates,
     leaves,
+    left_of_writes,
     yardstick,
 )
 
@@ -58,23 +59,21 @@ def oracle(q, k, v, log_decay, *, scale=1.0, initial_memory=None, cu_seqlens=Non
     if cu_seqlens is not None:
         pieces = [(0, a, b) for a, b in pairwise(cu_seqlens.tolist())]
     outputs, memories = [], []
+    group = torch.arange(H) // (H // G)
     for index, (row, start, stop) in enumerate(pieces):
         first = q.new_zeros(G, K, V) if initial_memory is None else initial_memory[index].double()
-        total = q.new_zeros(G, K)
-        alive = q.new_zeros(0, G, K)
-        for t in range(start, stop):
-            f = log_decay[row, t]
-            total = total + f
-            alive = torch.cat([alive * f.exp(), k[row, t][None]])
-            query = q[row, t].unflatten(0, (G, H // G))
-            likeness = torch.einsum("grk,jgk->jgr", query, alive)
-            read = torch.einsum("jgr,jgv->grv", likeness, v[row, start : t + 1])
-            read = read + torch.einsum("grk,gkv->grv", query, total.exp()[..., None] * first)
-            outputs.append(scale * read.flatten(0, 1))
-        kept = torch.einsum("jgk,jgv->gkv", alive, v[row, start:stop])
-        memories.append(total.exp()[..., None] * first + kept)
-    output = torch.stack(outputs).view(B, T, H, V) if outputs else q.new_zeros(B, T, H, V)
-    return output, torch.stack(memories)
+        alive, faded = left_of_writes(log_decay[row, start:stop])
+        query, key, value = (x[row, start:stop] for x in (q, k, v))
+        alive = alive * key
+        likeness = torch.einsum("thk,tjhk->tjh", query, alive[:, :, group])
+        read = torch.einsum("tjh,jhv->thv", likeness, value[:, group])
+        past = torch.einsum("thk,hkv->thv", query * faded[:, group], first[group])
+        outputs.append(scale * (read + past))
+        if start < stop:
+            first = faded[-1, ..., None] * first + torch.einsum("jgk,jgv->gkv", alive[-1], value)
+        memories.append(first)
+    output = torch.cat(outputs) if cu_seqlens is not None else torch.stack(outputs)
+    return output.view(B, T, H, V), torch.stack(memories)
 
 
 def ruler(q, k, v, log_decay, **options):
