@@ -75,8 +75,10 @@ def retrieval(config: RetrievalConfig, say: Callable[[str], None] = print) -> li
 
     Raises:
         ValueError, FileNotFoundError: a folder that cannot be converted, shards of another
-            tokenizer, more layers asked for than there are, no room for a question.
+            tokenizer, more layers asked for than there are, no room for a question or for `out`.
     """
+    if config.out and not Path(config.out).parent.is_dir():
+        raise ValueError(f"out: expected a file in a folder that exists, got {config.out}")
     count = open_teacher(config.model).config.num_hidden_layers
     if config.layers > count:
         raise ValueError(f"layers: expected at most {count}, got {config.layers}")

@@ -45,14 +45,11 @@ class Stepper:
         self.passes = passes(self._pass, self.optimizer, device)
         self.gauge = Gauge(config, model_config, device, team.world)
         self.at = Progressed()
-        self.ahead: tuple[int, list[Batch]] | None = None
 
-    def batches(self, position: int) -> list[Batch]:
-        """This process's share of the batches of the step that begins at that row."""
-        if self.ahead is not None and self.ahead[0] == position:
-            return self.ahead[1]
+    def batches(self) -> list[Batch]:
+        """This process's share of the batches of the next step."""
         rows, team = self.config.rows, self.team
-        firsts = (position + i * rows for i in range(self.config.accumulation))
+        firsts = (self.at.position + i * rows for i in range(self.config.accumulation))
         return [self.rows.share(first, rows, team.rank, team.world) for first in firsts]
 
     def step(self) -> dict[str, Any]:
@@ -65,12 +62,10 @@ class Stepper:
         config, at, team = self.config, self.at, self.team
         started = time.perf_counter()
         self.gauge.begin()
-        batches = self.batches(at.position)
+        batches = self.batches()
         data_wait = time.perf_counter() - started
         targets = max(team.total(sum(num_targets(batch) for batch in batches)), 1)
         loss, norm = self._backward(batches, targets)
-        rows = config.rows * config.accumulation
-        self.ahead = (at.position + rows, self.batches(at.position + rows))  # while a GPU is at it
         loss, norm = torch.stack([loss, norm.to(loss.dtype)]).tolist()
         lr = learning_rate(config, at.step + 1)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -79,6 +74,7 @@ class Stepper:
             self.optimizer.step(lr)
         self.passes.clear()
         tokens = team.world * sum(batch.input_ids.numel() for batch in batches)
+        rows = config.rows * config.accumulation
         at.note_step(rows=rows, tokens=tokens, norm=None if skip else norm)
         seconds = time.perf_counter() - started
         at.seconds += seconds

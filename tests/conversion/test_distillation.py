@@ -285,15 +285,28 @@ def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path
     config = make_config(tokens=75 * 4 * T)
     running = subprocess.Popen(command_of(config), stdout=subprocess.DEVNULL)
     place = tmp_path / "run" / "2-kl" / "checkpoints" / "step-00000010"
-    while not place.is_dir():
-        assert running.poll() is None, "it ended before it was stopped"
-        time.sleep(0.02)
-    running.kill()
+    try:
+        while not place.is_dir():
+            assert running.poll() is None, "it ended before it was stopped"
+            time.sleep(0.02)
+    finally:
+        running.kill()
     assert running.wait() == -signal.SIGKILL
     assert not (tmp_path / "run" / "3-ce").exists()
     done = subprocess.run(command_of(config), check=True, capture_output=True, text=True)
     assert "finished" in done.stdout and "perplexity" in done.stdout
     a, b = (load_file(f / "model.safetensors") for f in (whole.model, tmp_path / "run" / "3-ce"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.gpu
+def test_passes_of_both_can_be_recorded(make_config, tmp_path):
+    config = make_config(device="cuda")
+    plain, recorded = (
+        distill(replace(config, out=str(tmp_path / str(way)), cuda_graph=way)).model
+        for way in (False, True)
+    )
+    a, b = (load_file(folder / "model.safetensors") for folder in (plain, recorded))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -318,6 +331,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ({"validation": str(tmp_path / "bytes")}, ValueError, "made with another tokenizer than"),
         ({"checkpoint_interval": -1}, ValueError, "checkpoint_interval: expected"),
         ({"recall_distances": (3,)}, ValueError, "recall_distances: expected at least"),
+        ({"cuda_graph": True}, ValueError, "cuda_graph: expected false on device cpu"),
     ):
         with pytest.raises(error, match=words):
             distill(replace(config, **changes))
