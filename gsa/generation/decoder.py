@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gsa.generation.prefill import Reading, Tokens
 from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
+from gsa.generation.skinny_block import SkinnyBlock, SkinnyHead, takes_skinny_blocks
 from gsa.generation.state import ModelState, fingerprint
 from gsa.generation.step import Head, StatePool, StepBlock
 from gsa.generation.thin_block import ThinBlock, ThinHead, takes_thin_blocks
@@ -94,13 +95,17 @@ class Decoder:
         ends = model.generation_config.eos_token_id
         self.ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         self.is_thin = takes_thin_blocks(model, rows)
+        self.is_skinny = takes_skinny_blocks(model, rows)
         layers = model.model.layers
         if self.is_thin:
-            self.blocks = [ThinBlock(block) for block in layers]
+            self.blocks, self.head = [ThinBlock(block) for block in layers], ThinHead(model)
+        elif self.is_skinny:
+            self.blocks = [SkinnyBlock(block, rows) for block in layers]
+            self.head = SkinnyHead(model)
         else:
             bounds = model.model.log_bounds()
             self.blocks = [StepBlock(*pair) for pair in zip(layers, bounds, strict=True)]
-        self.head = ThinHead(model) if self.is_thin else Head(model)
+            self.head = Head(model)
         capacity = int(capacity or model.config.max_position_embeddings)
         self.pool = StatePool([block.attn for block in self.blocks], rows, capacity)
         self.choices = Choices(rows, model.config.vocab_size, self.device)
@@ -125,7 +130,7 @@ class Decoder:
         # Tuned by coordinate descent, products with one row become reductions fused with what
         # is around them, which read weights faster than matrix products do.
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
-        for part in () if self.is_thin else (*self.blocks, self.head):
+        for part in () if self.is_thin or self.is_skinny else (*self.blocks, self.head):
             part.compile(fullgraph=True, dynamic=False, options=options)
         self._choose_step = torch.compile(
             self._choose, fullgraph=True, dynamic=False, options=options

@@ -45,7 +45,7 @@ class StepBlock(nn.Module):
         self.widths = {name: _plain(layer).out_features for name, layer in layers.items()}
         weights = [layer.weight.detach() for layer in layers.values()]
         self.register_buffer("inputs", torch.cat(weights) if weights else None)
-        self.register_buffer("inputs_bias", _joined_biases(layers))
+        self.register_buffer("inputs_bias", joined_biases(layers))
         both = (block.mlp.gate_proj, block.mlp.up_proj)
         self.register_buffer("gate_up", torch.cat([_plain(x).weight.detach() for x in both]))
 
@@ -83,7 +83,7 @@ def _plain(layer: Any) -> nn.Linear:
     return layer
 
 
-def _joined_biases(layers: Mapping[str, nn.Module]) -> Tensor | None:
+def joined_biases(layers: Mapping[str, nn.Module]) -> Tensor | None:
     """One bias for all, 0 where a layer has none; None if none has one."""
     plain = [_plain(layer) for layer in layers.values()]
     if all(layer.bias is None for layer in plain):

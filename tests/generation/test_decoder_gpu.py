@@ -1,10 +1,15 @@
 """What only a GPU shows: the captured and the compiled step, and that nothing waits for a host."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from numerics import assert_bit_equal, assert_within_budget
 from tiny_models import SLOTS, VARIANTS, build_tiny
 
 from gsa.generation import Decoder, ModelState, Sampling
+from gsa.generation.step import Head, StepBlock
+from gsa.layers.token_layout import TokenLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 GREEDY = Sampling(greedy=True, max_new_tokens=20)
@@ -60,6 +65,49 @@ def test_a_row_is_the_same_wherever_it_stands_and_whoever_is_beside_it(prompts):
     back = decoder.write_all(states[::-1], CHOICES[::-1])
     assert there == back[::-1]
     assert [list(decoder.write(s, c)) for s, c in zip(states, CHOICES, strict=True)] == there
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [8, 64])
+def test_a_captured_pool_is_within_the_budget_of_the_eager_step(rows):
+    """Logits and memories after a token of each row, one at rest; fp32 is the truth."""
+    model = wide()
+    decoder = Decoder(model, rows=rows)
+    assert decoder.is_skinny == (torch.cuda.get_device_capability()[0] == 9)
+    rng = torch.Generator("cuda").manual_seed(0)
+    asleep = (torch.arange(rows, device="cuda") == 3)[:, None]
+    layout = TokenLayout(torch.full((rows, 1), 7, device="cuda"), asleep)
+    token = model.model.embeddings(torch.arange(rows, device="cuda")[:, None]).detach()
+    before = [torch.randn(pool["memory"].shape, generator=rng, device="cuda")
+              for pool in decoder.pool.layers]  # fmt: skip
+
+    def step(blocks, head, memories, x):
+        for block, memory in zip(blocks, memories, strict=True):
+            x = block(x, layout, {"memory": memory})
+        return {"output": head(x)} | {f"memory {i}": m for i, m in enumerate(memories)}
+
+    memories, stream = [m.clone() for m in before], torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(decoder.blocks, decoder.head, memories, token)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step(decoder.blocks, decoder.head, memories, token)
+    seen = []
+    for _ in range(3):
+        for memory, first in zip(memories, before, strict=True):
+            memory.copy_(first)
+        graph.replay()
+        seen.append({name: x.clone() for name, x in got.items()})
+    assert_bit_equal(seen[0], seen[1])
+    assert_bit_equal(seen[0], seen[2])
+    assert all(torch.equal(m[3], first[3]) for m, first in zip(memories, before, strict=True))
+    eager, exact = (
+        step([StepBlock(b) for b in m.model.layers], Head(m), [b.clone() for b in before], x)
+        for m, x in ((model, token), (deepcopy(model).float(), token.float()))
+    )
+    assert_within_budget(seen[0], exact, eager, torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize(
