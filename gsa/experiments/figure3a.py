@@ -201,6 +201,7 @@ def train_config(point: Point, config: Figure3aConfig) -> TrainConfig:
         clip=protocol.clip,
         dtype=config.dtype,
         compile=protocol.compile and not config.eager,
+        cuda_graph=config.device.startswith("cuda") and not config.eager,
         seed=config.seed,
         device=config.device,
     )

@@ -20,7 +20,7 @@ from gsa.training.files import CHECKPOINTS
 from gsa.training.lock import RunLock
 from gsa.training.objective import to_device
 from gsa.training.saver import Saver
-from gsa.training.setup import pick_device
+from gsa.training.setup import current, pick_device
 from gsa.training.signals import StopSignals
 from gsa.training.state import Progressed
 from gsa.training.stepper import Stepper
@@ -66,7 +66,7 @@ def train_recall(
     folder, team = Path(run.out), Team()
     device, model = pick_device(run.device, team), GSAConfig(**run.model)
     folder.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder), StopSignals() as stop:
+    with current(device), RunLock(folder), StopSignals() as stop:
         start = find_checkpoint(folder / CHECKPOINTS, say)
         train = _rows(task, run.seed, examples, True)
         held_out = _rows(task, run.seed, examples, False)

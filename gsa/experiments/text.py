@@ -135,8 +135,9 @@ def reproduce(
     with join(config.device) as team:
         shards = open_rows(config.data, seq_len=recipe.seq_len, seed=config.seed).shards
         validation = TokenShards(config.validation)
+        graph = team.mesh is None and recipe.device.startswith("cuda") and not config.eager
         runs = {
-            key: replace(recipe, name=labels[key], out=str(out / key), model=own)
+            key: replace(recipe, name=labels[key], out=str(out / key), model=own, cuda_graph=graph)
             for key, own in keys.items()
         }
         configs = {k: build_model_config(runs[k], shards, validation) for k in chosen}

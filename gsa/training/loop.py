@@ -27,7 +27,7 @@ from gsa.training.progress import Display
 from gsa.training.records import Records
 from gsa.training.report import finish, token_unit
 from gsa.training.saver import Saver
-from gsa.training.setup import build_model_config, check_team, pick_device
+from gsa.training.setup import build_model_config, check_team, current, pick_device
 from gsa.training.signals import StopSignals
 from gsa.training.sinks import check_sinks
 from gsa.training.state import Progressed
@@ -88,6 +88,7 @@ def _train(
     check_sinks(config.sinks)
     check_team(config, team)
     with (
+        current(device),
         ExitStack() as lock,
         Display(config.steps, shown=team.first) as display,
         StopSignals() as stop,

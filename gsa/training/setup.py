@@ -1,5 +1,6 @@
 """What a run needs before it starts: the model and the device, or a clear error."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,11 @@ def pick_device(name: str, team: Team) -> torch.device:
     if device.index is not None:
         raise ValueError(f"device: expected cuda with several processes (a GPU each), got {name}")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the one that streams, graphs and generators mean where they name none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def check_team(config: TrainConfig, team: Team) -> None:

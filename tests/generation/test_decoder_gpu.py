@@ -126,6 +126,16 @@ def test_the_step_never_waits_for_the_host(prompts, rows, form):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_second_gpu_writes_what_the_first_does(prompts, rows):
+    texts = []
+    for device in ("cuda:1", "cuda:0"):
+        decoder = Decoder(wide().to(device), rows=rows)
+        texts.append(decoder.write_all([decoder.prefill(p) for p in prompts(4)], CHOICES[:4]))
+    assert texts[0] == texts[1]
+
+
 def test_rows_at_rest_stay_as_they_are_to_the_bit(prompts):
     decoder = Decoder(wide(), rows=2)
     row = decoder.start(decoder.prefill(prompts(1)[0]), CHOICES[2])

@@ -252,6 +252,22 @@ def test_a_new_thread_launches_what_another_compiled():
     assert torch.equal(output, expected["output"])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("packed", [None, (0, 70, 300)], ids=["rows", "packed"])
+def test_a_second_gpu_has_the_bits_of_the_first(packed):
+    """The current device is the first; the kernels are compiled, and loaded, for the second."""
+    memories = 1 if packed is None else len(packed) - 1
+    sizes = {"T": 300, "H": 4, "G": 2, "K": 48, "V": 80, "M": 24, "memory": memories}
+    inputs = make_inputs(**sizes, dtype=torch.bfloat16)
+    d = cotangents(inputs, memories)
+    bounds = {} if packed is None else {"cu_seqlens": torch.tensor(packed, dtype=torch.int32)}
+    there = {name: x.detach().to("cuda:1") for name, x in inputs.items()}
+    found = evaluate(attention, there, tuple(x.to("cuda:1") for x in d), **bounds)
+    assert all(x.device.index == 1 for x in found.values())
+    expected = evaluate(attention, inputs, d, **bounds)
+    assert_bit_equal({name: x.to("cuda:0") for name, x in found.items()}, expected)
+
+
 def test_packing_described_on_either_side():
     inputs = make_inputs(T=300, H=4, G=2, K=64, V=64, M=32, dtype=torch.bfloat16)
     d = cotangents(inputs, memories=4)

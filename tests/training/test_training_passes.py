@@ -112,6 +112,17 @@ def test_recorded_passes_give_the_bits_of_passes_as_they_come(make_config, tmp_p
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_trains_as_the_first(make_config, tmp_path):
+    """Recorded and as they come; nothing is made current for it by hand."""
+    settings = {"dtype": "bf16", "compile": True, "lean": True, "accumulation": 2}
+    runs = Settings(make_config, tmp_path, **settings)
+    first = runs.run("first", device="cuda:0")
+    assert_same(runs.run("second", device="cuda:1"), first)
+    assert_same(runs.run("second recorded", device="cuda:1", cuda_graph=True), first)
+
+
+@pytest.mark.gpu
 def test_more_sequences_than_there_is_room_for(make_config, tmp_path, monkeypatch):
     """It begins anew, with more."""
     runs = Settings(make_config, tmp_path)

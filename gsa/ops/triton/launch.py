@@ -322,7 +322,7 @@ def compile_ahead(plan: Plan, initial: Tensor | None, slot_activation: SlotActiv
     if kept is not None:
         later = plan.sketch(jobs.launch)
         backward(later, initial, final, kept, output, None, 1.0, slot_activation)
-    jobs.compile()
+    jobs.compile(plan.q.device)
 
 
 def run_backward(tokens: Tokens, initial: Tensor | None, final: Tensor, kept: Kept,

@@ -74,9 +74,14 @@ class Jobs:
         """A `Launcher`; tensors may be on the meta device."""
         self.jobs.append(Job(kernel, arguments, constants()))
 
-    def compile(self) -> None:
-        """All at once: a kernel takes seconds, most of them in LLVM and ptxas, which share a
-        processor well."""
+    def compile(self, device: torch.device) -> None:
+        """All at once, for a device: a kernel takes seconds, most of them in LLVM and ptxas, which
+        share a processor well."""
+
+        def load(kernel: Any) -> None:  # a thread begins on the first device, whatever its maker's
+            with torch.cuda.device(device):
+                kernel.run  # noqa: B018  # loads it, and builds its launcher
+
         workers = min(len(self.jobs), os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:
             with triton.AsyncCompileMode(pool):
@@ -85,7 +90,7 @@ class Jobs:
                     for job in self.jobs
                 ]
             kernels = [x.result() if hasattr(x, "result") else x for x in found]
-            list(pool.map(lambda kernel: kernel.run, kernels))  # loads it, and builds its launcher
+            list(pool.map(load, kernels))
 
 
 def may_repeat(*arguments: Tensor | None) -> bool:
