@@ -52,6 +52,12 @@ class Arm:
     run: Callable[[], Result]
 
 
+def records(device: str, team: Team, *, eager: bool) -> bool:
+    """Whether an arm's passes are recorded as CUDA graphs: one process can, and is the sooner done
+    with small models."""
+    return device.startswith("cuda") and team.mesh is None and not eager
+
+
 def begin(out: Path, asked: dict[str, Any]) -> None:
     """Writes what is asked of a new folder. RunError if it holds anything else."""
     path, now = out / EXPERIMENT, json.loads(json.dumps(asked))

@@ -9,7 +9,16 @@ from typing import Any, Literal
 import torch
 
 from gsa.architectures import ARCHITECTURES
-from gsa.experiments.arms import Arm, Result, begin, collect, made_with, paper_rows, run_arms
+from gsa.experiments.arms import (
+    Arm,
+    Result,
+    begin,
+    collect,
+    made_with,
+    paper_rows,
+    records,
+    run_arms,
+)
 from gsa.experiments.budget import FREE, BudgetConfig, estimate
 from gsa.experiments.mqar import Task
 from gsa.experiments.recall_run import Examples, train_recall
@@ -100,7 +109,7 @@ class Figure3aConfig(BudgetConfig):
     dtype: Dtype = "bf16"
     """Of the forward pass; weights are fp32."""
     eager: bool = False
-    """Do not compile blocks."""
+    """Do not compile blocks, nor record passes as CUDA graphs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +210,7 @@ def train_config(point: Point, config: Figure3aConfig) -> TrainConfig:
         clip=protocol.clip,
         dtype=config.dtype,
         compile=protocol.compile and not config.eager,
-        cuda_graph=config.device.startswith("cuda") and not config.eager,
+        cuda_graph=records(config.device, Team(), eager=config.eager),
         seed=config.seed,
         device=config.device,
     )

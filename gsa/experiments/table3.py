@@ -1,7 +1,7 @@
 """`gsa reproduce table3`: a Transformer converted to each linear mixer, and taught again."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from gsa.experiments.arms import (
     begin,
     collect,
     made_with,
+    records,
     run_arms,
 )
 from gsa.experiments.budget import FREE, assumed, hours, hours_table
@@ -76,7 +77,7 @@ class Table3Config(SuiteConfig):
     seed: int = 0
     """Seeds new weights and the order of rows."""
     eager: bool = False
-    """Do not compile blocks."""
+    """Do not compile blocks, nor record passes as CUDA graphs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,7 +211,8 @@ def _teach(config: Table3Config, name: str, command: str, team: Team) -> Result:
 
     team.ask_first(lambda: Path(asked.student).parent.mkdir(exist_ok=True))
     team.ask_first(make_student)
-    ended = distill(asked, command=command)
+    graph = records(config.device, team, eager=config.eager)
+    ended = distill(replace(asked, cuda_graph=graph), command=command)
     if ended.status == "stopped":
         raise StoppedError(ended.signal)
     found = ended.recovery

@@ -21,6 +21,7 @@ from gsa.experiments.arms import (
     begin,
     collect,
     made_with,
+    records,
     run_arms,
 )
 from gsa.experiments.budget import FREE, BudgetConfig, estimate
@@ -87,7 +88,7 @@ class TextConfig(BudgetConfig):
     device: str = "cuda"
     """Where to train: cpu, cuda, cuda:1, ..."""
     eager: bool = False
-    """Do not compile blocks where the recipe does."""
+    """Do not compile blocks where the recipe does, nor record passes as CUDA graphs."""
 
     sizes: ClassVar[Sizes]
 
@@ -135,7 +136,7 @@ def reproduce(
     with join(config.device) as team:
         shards = open_rows(config.data, seq_len=recipe.seq_len, seed=config.seed).shards
         validation = TokenShards(config.validation)
-        graph = team.mesh is None and recipe.device.startswith("cuda") and not config.eager
+        graph = records(config.device, team, eager=config.eager)
         runs = {
             key: replace(recipe, name=labels[key], out=str(out / key), model=own, cuda_graph=graph)
             for key, own in keys.items()

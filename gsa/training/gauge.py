@@ -16,7 +16,8 @@ class Gauge:
 
     mfu: the share of the devices' bf16 peak that the model's own FLOPs make up
     (`gsa.model.cost`); only for devices whose peak is known. memory_gib: the most that this process
-    had allocated on its GPU during the step.
+    had allocated on its GPU during the step; with recorded passes, whose memory is taken once and
+    for all, during the run so far.
     """
 
     def __init__(
@@ -25,9 +26,12 @@ class Gauge:
         self._steps, self._device, self._world = config.steps, device, world
         self._flops = flops_per_token(model_config, config.seq_len).forward_backward
         self._peak = peak_of(device)
+        self._by_step = device.type == "cuda" and not config.cuda_graph
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def begin(self) -> None:
-        if self._device.type == "cuda":
+        if self._by_step:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def readings(self, *, step: int, tokens: int, seconds: float, total: float) -> dict[str, Any]:

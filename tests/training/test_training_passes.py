@@ -77,10 +77,11 @@ class Settings:
         self.tmp_path = tmp_path
 
     def run(self, name, start="auto", **more):
-        """(losses and norms of the steps, final weights)"""
+        """(losses and norms of the steps, final weights); `memory` is that of the last step."""
         folder = self.tmp_path / name
         train(replace(self.base, out=str(folder), **more), resume=start)
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+        self.memory = [x["memory_gib"] for x in lines if "loss" in x][-1]
         steps = [(x["loss"], x["grad_norm"]) for x in lines if "loss" in x]
         return steps, load_file(folder / "model.safetensors")
 
@@ -106,7 +107,9 @@ def test_recorded_passes_give_the_bits_of_passes_as_they_come(make_config, tmp_p
     """Losses, norms and weights; also when a run goes on from a checkpoint of recorded passes."""
     runs = Settings(make_config, tmp_path, keep_checkpoints=3, **settings)
     losses, weights = runs.run("as-they-come")
+    memory = runs.memory
     assert_same(runs.run("recorded", cuda_graph=True), (losses, weights))
+    assert runs.memory >= memory  # that of the graph counts
     start = tmp_path / "recorded" / "checkpoints" / "step-00000005"
     assert_same(runs.run("going-on", str(start), cuda_graph=True), (losses[5:], weights))
 
