@@ -9,14 +9,18 @@ finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom nu
 Why not `numpy.random.Generator.permutation`: a trillion tokens in rows of 2048 would hold 4 GB of
 order on every rank and build it anew each epoch, and numpy does not promise the same stream in
 its next version, which would break resuming. Here any point costs a few hundred nanoseconds,
-nothing is stored, and the order is fixed by this file alone.
+a thousand are kept at a time, and the order is fixed by this file alone.
 """
+
+from functools import lru_cache
 
 import numpy as np
 
 _ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 1024
+"""Points of `shuffled` that are evaluated at once, and kept."""
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -54,13 +58,20 @@ def shuffled(position: int, count: int, *, size: int, seed: int) -> np.ndarray:
 
     Epoch e, positions e · size and on, is in the order of (seed, e).
     """
-    places = np.arange(position, position + count, dtype=np.int64)
-    epochs = places // size
-    chosen = np.empty_like(places)
-    for epoch in range(position // size, (position + count - 1) // size + 1):
-        here = epochs == epoch
-        chosen[here] = permute(places[here] % size, size=size, seed=seed, epoch=epoch)
-    return chosen
+    pieces = [np.empty(0, dtype=np.int64)]
+    while count > 0:
+        epoch, place = divmod(position, size)
+        piece = _block(place // _BLOCK, size, seed, epoch)[place % _BLOCK :][:count]
+        pieces.append(piece)
+        position, count = position + len(piece), count - len(piece)
+    return np.concatenate(pieces)
+
+
+@lru_cache(maxsize=8)
+def _block(number: int, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Points number · _BLOCK and on of an epoch: a thousand take hardly longer than one."""
+    places = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, size), dtype=np.int64)
+    return permute(places, size=size, seed=seed, epoch=epoch)
 
 
 def _feistel(point: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:

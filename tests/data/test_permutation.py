@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsa.data.permutation import permute
+from gsa.data.permutation import permute, shuffled
 
 
 def order(size, seed=0, epoch=0):
@@ -56,3 +56,11 @@ def test_order_is_fixed_for_ever():
         863094921416,
         619019658665,
     ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1024, 2500])
+def test_what_stands_from_a_position_on_is_the_order_of_its_epochs(size):
+    epochs = np.concatenate([order(size, 3, epoch) for epoch in range(-(-6000 // size))])
+    for position, count in [(0, 1), (1020, 9), (2490, 40), (700, 3000), (4999, 0)]:
+        found = shuffled(position, count, size=size, seed=3)
+        assert np.array_equal(found, epochs[position : position + count])
