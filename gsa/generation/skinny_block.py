@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gsa.generation.step import joined_biases
-from gsa.generation.thin_block import is_usual, norm_of, takes_thin_blocks
+from gsa.generation.thin_block import is_usual, norm_of, rotation_of, takes_thin_blocks
 from gsa.layers.mixer import State
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.slot_attention import GatedSlotAttention
@@ -36,13 +36,9 @@ def is_skinny(block: Any) -> bool:
     if not is_usual(block):
         return False
     options, mlp = block.attn.options, block.mlp
-    usual = options.swish_follows and options.rope_theta is None and options.output_norm
+    normed = options.output_norm or options.output_activation == "identity"
     layers = (block.attn.q_proj, block.attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return (
-        usual
-        and options.output_activation == "swish"
-        and all(can_be_tiled(layer.weight) for layer in layers)
-    )
+    return normed and all(can_be_tiled(layer.weight) for layer in layers)
 
 
 def can_be_tiled(weight: Tensor) -> bool:
@@ -92,6 +88,7 @@ class SkinnyBlock(nn.Module):
         if rows <= TOGETHER:
             heads = self.attn.options.kv_heads
             self.arrivals = self.inputs.new_zeros(rows, heads, dtype=torch.int32)
+        self.frequency, self.factor = rotation_of(self.attn.options, self.inputs.device)
 
     def forward(self, x: Tensor | Unfinished, layout: TokenLayout, state: State) -> Unfinished:
         """One token of each row, [P, 1, D] or what a block returns; writes into `state`."""
@@ -104,17 +101,24 @@ class SkinnyBlock(nn.Module):
         x, h = skinny.skinny_rows(*begin(x), norm_of(self.attn_norm))
         made = skinny.skinny_inputs(
             h, Weights(self.inputs, self.inputs_bias), self.counts, layout.pads,
-            options.gate_logit_normalizer,
+            options.gate_logit_normalizer, options.feature_map == "swish",
+            options.value_activation == "swish",
         )  # fmt: skip
         heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
         q, k, v, log_forget = (
             y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
         )
+        turn = None
+        if self.frequency is not None:
+            turn = step.Turn(layout.positions, self.frequency, self.factor)
         read = step.launch(
             (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
             options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, self.arrivals,
+            turn,
         ).flatten(1)  # fmt: skip
-        _, read = skinny.skinny_rows(read, None, norm_of(attn.g_norm), swish=True)
+        if options.output_norm:
+            swish = options.output_activation == "swish"
+            _, read = skinny.skinny_rows(read, None, norm_of(attn.g_norm), swish=swish)
         parts = skinny.skinny_parts(read, attn.o_proj.weight)
         x, h = skinny.skinny_rows(x, parts, norm_of(self.mlp_norm))
         h = skinny.skinny_gate_up(h, mlp.gate_proj.weight, mlp.up_proj.weight)

@@ -9,6 +9,7 @@ from gsa.layers.feature_map import VALUE_ACTIVATIONS
 from gsa.layers.mixer import State
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.norm import RMSNorm
+from gsa.layers.options import SlotAttentionOptions
 from gsa.layers.projections import is_linear
 from gsa.layers.rope import rope_frequencies
 from gsa.layers.slot_attention import GatedSlotAttention
@@ -69,11 +70,7 @@ class ThinBlock(nn.Module):
         self.mlp: SwiGLU = block.mlp
         options, device = self.attn.options, self.attn.q_proj.weight.device
         self.arrivals = torch.zeros(1, options.kv_heads, dtype=torch.int32, device=device)
-        self.frequency, self.factor = None, 1.0
-        if options.rope_theta is not None:
-            rotation = (options.key_width, options.rope_theta, options.rope_scaling)
-            self.frequency = rope_frequencies(*rotation, device)
-            self.factor = float((options.rope_scaling or {}).get("attention_factor", 1.0))
+        self.frequency, self.factor = rotation_of(options, device)
 
     def forward(self, x_11D: Tensor, layout: TokenLayout, state: State) -> Tensor:
         """One token [1, 1, D]; writes into the tensors of `state`."""
@@ -129,6 +126,16 @@ def weights_of(layer: Any) -> Any:
     from gsa.ops.triton.thin_linear import Weights
 
     return Weights(layer.weight, layer.bias)
+
+
+def rotation_of(options: SlotAttentionOptions, device: torch.device) -> tuple[Tensor | None, float]:
+    """(frequencies, factor) of `step.Turn`; (None, 1) for a layer that does not rotate."""
+    if options.rope_theta is None:
+        return None, 1.0
+    frequency = rope_frequencies(
+        options.key_width, options.rope_theta, options.rope_scaling, device
+    )
+    return frequency, float((options.rope_scaling or {}).get("attention_factor", 1.0))
 
 
 def norm_of(norm: RMSNorm) -> Any:

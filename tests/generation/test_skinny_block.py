@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numerics import assert_within_budget
-from tiny_models import build_tiny
+from tiny_models import SLOTS, build_tiny
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
@@ -18,13 +18,15 @@ DTYPE = torch.float16  # the interpreter cannot multiply bf16
 # rows, options: one kernel for the memory's step up to 16 rows, two beyond
 USUAL = {
     "plain": (3, {}),
-    "two_kernels": (17, {"num_slots": 600, "num_heads": 1, "num_hidden_layers": 1}),
+    "two_kernels": (
+        17,
+        {"num_slots": 600, "num_heads": 1, "num_hidden_layers": 1, "rope_theta": 100.0},
+    ),
+    "slots, biased": (5, SLOTS | {"head_dim": 8, "qkv_bias": True}),
     "grouped, odd": (2, {"num_kv_heads": 2, "hidden_size": 152, "num_slots": 70}),
-    "biased": (5, {"qkv_bias": True, "gate_bias": True}),
     "no_weights_in_norms": (2, {"elementwise_affine": False}),
 }
 UNUSUAL = {
-    "rope": {"rope_theta": 10000.0},
     "output_gate": {"output_gate": True},
     "relu": {"feature_map": "relu"},
     "no_output_norm": {"output_norm": False},
@@ -55,7 +57,8 @@ def inputs(model, rows, seed=0):
 def run(model, kinds, x, memories, asleep):
     """Logits and the memories after the token, by blocks and head of a kind."""
     rows, (block_of, head_of) = len(x), kinds
-    layout = TokenLayout(torch.full((rows, 1), 7, device=DEVICE), asleep)
+    positions = 7 + 1001 * torch.arange(rows, device=DEVICE)[:, None]
+    layout = TokenLayout(positions.masked_fill(asleep, -1), asleep)
     after = {}
     for place, (block, memory) in enumerate(zip(model.model.layers, memories, strict=True)):
         more = (rows,) if block_of is SkinnyBlock else ()

@@ -71,10 +71,10 @@ def store(out, y_NL, numbers, L, N: tl.constexpr):
 def inputs_kernel(
     x, weight, at, bias, asleep, q, k, v, log_forget, L, D: tl.constexpr,
     NQ: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr, NF: tl.constexpr, TAU: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, CHAINED: tl.constexpr,
+    SWISH_KEYS: tl.constexpr, SWISH_VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v = swish(W x); log f = logsigmoid(W x) / TAU, 0 where asleep."""
+    """q, k, v = swish(W x) or W x; log f = logsigmoid(W x) / TAU, 0 where asleep."""
     KS: tl.constexpr = (NQ + BLOCK - 1) // BLOCK
     VS: tl.constexpr = KS + (NK + BLOCK - 1) // BLOCK
     FS: tl.constexpr = VS + (NV + BLOCK - 1) // BLOCK
@@ -102,13 +102,14 @@ def inputs_kernel(
         y_NL = tl.where(asleep_L[None, :], 0.0, log_gate(y_NL, TAU))
         store(log_forget, y_NL, numbers, L, NF)
     else:
-        y_NL = y_NL * tl.sigmoid(y_NL)
         if program >= VS:
-            store(v, y_NL, numbers, L, NV)
-        elif program >= KS:
-            store(k, y_NL, numbers, L, NK)
+            store(v, y_NL * tl.sigmoid(y_NL) if SWISH_VALUES else y_NL, numbers, L, NV)
         else:
-            store(q, y_NL, numbers, L, NQ)
+            y_NL = y_NL * tl.sigmoid(y_NL) if SWISH_KEYS else y_NL
+            if program >= KS:
+                store(k, y_NL, numbers, L, NK)
+            else:
+                store(q, y_NL, numbers, L, NQ)
 
 
 # x, gate, up: descriptors of [L, D] and twice [N, D]; gate_at, up_at: the weights. out: [L, N].
@@ -230,12 +231,14 @@ def tiles_of(x: Tensor, rows: int, step: int) -> TensorDescriptor:
 
 
 def skinny_inputs(
-    x: Tensor, inputs: Weights, counts: tuple[int, int, int, int], asleep: Tensor, tau: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, inputs: Weights, counts: tuple[int, int, int, int], asleep: Tensor, tau: float,
+    swish_keys: bool, swish_values: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(q, k, v, log_forget) of rows x [L, D]: as `GatedSlotAttention` makes them, each [L, N].
 
     inputs: of q, k, v and the gate, one below the other, `counts` numbers of each.
-    asleep: bool [L, 1], where log_forget is to be 0.
+    asleep: bool [L, 1], where log_forget is to be 0. swish_keys, swish_values: whether q and k, and
+    v, go through swish.
     """
     L, D = x.shape
     tile, chained = skinny_tile(L, sum(counts)), chaining(x.device)
@@ -244,8 +247,8 @@ def skinny_inputs(
     with torch.cuda.device_of(x):
         inputs_kernel[(sum(-(-n // tile.block) for n in counts),)](
             tiles_of(x, tile.rows, tile.step), tiles_of(inputs.weight, tile.block, tile.step),
-            inputs.weight, inputs.bias, asleep, q, k, v, log_forget, L, D, *counts, tau, *tile,
-            bool(chained), num_warps=WARPS, **chained,
+            inputs.weight, inputs.bias, asleep, q, k, v, log_forget, L, D, *counts, tau,
+            swish_keys, swish_values, *tile, bool(chained), num_warps=WARPS, **chained,
         )  # fmt: skip
     return q, k, v, log_forget
 
