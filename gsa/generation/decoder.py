@@ -9,7 +9,7 @@ for token in decoder.write(state, Sampling(max_new_tokens=100)):
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from operator import or_
 from typing import Any, Literal, NamedTuple
 
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from gsa.generation.prefill import Reading, Tokens
-from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling, sample
+from gsa.generation.progress import Progress
+from gsa.generation.sampling import MAX_ENDS, Choices, Needs, Sampling
 from gsa.generation.skinny_block import SkinnyBlock, SkinnyHead, takes_skinny_blocks
 from gsa.generation.state import ModelState, fingerprint
 from gsa.generation.step import Head, StatePool, StepBlock
 from gsa.generation.thin_block import ThinBlock, ThinHead, takes_thin_blocks
-from gsa.layers.token_layout import TokenLayout
 
 
 class Written(NamedTuple):
@@ -109,17 +109,12 @@ class Decoder:
         capacity = int(capacity or model.config.max_position_embeddings)
         self.pool = StatePool([block.attn for block in self.blocks], rows, capacity)
         self.choices = Choices(rows, model.config.vocab_size, self.device)
-        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        self.token, self.position, self.left = zeros.clone(), zeros.clone(), zeros.clone()
-        self.live = zeros.bool()
-        self.stops = zeros[:, None].expand(rows, MAX_ENDS).clone()
-        self.emitted = torch.stack([zeros, zeros])
+        self.at = Progress(rows, self.device)
         self.lag = 1 if self._on_cuda else 0  # steps begun before a step's tokens are looked at
         self._texts: list[Text | None] = [None] * rows
         self._flights: deque[Flight] = deque()
         self._boxes = [self._new_box() for _ in range(3)]
         self._graphs: dict[Needs, Any] = {}
-        self._choose_step = self._choose
         if compile:
             self._compile()
 
@@ -132,9 +127,7 @@ class Decoder:
         options: dict[str, Any] = {"coordinate_descent_tuning": True}
         for part in () if self.is_thin or self.is_skinny else (*self.blocks, self.head):
             part.compile(fullgraph=True, dynamic=False, options=options)
-        self._choose_step = torch.compile(
-            self._choose, fullgraph=True, dynamic=False, options=options
-        )
+        self.at.compile(partial(torch.compile, fullgraph=True, dynamic=False, options=options))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -191,18 +184,13 @@ class Decoder:
         self.pool.put(row, state.tensors)
         self.choices.put(row, sampling)
         self.choices.met[row].copy_(state.met)
-        self.token[row], self.position[row] = state.last, state.tokens - 1
-        self.left[row] = sampling.max_new_tokens
-        self.stops[row].fill_(-1)
-        for place, stop in enumerate(sorted(stops)):
-            self.stops[row, place] = stop
-        self.live[row] = True
+        self.at.start(row, state.last, state.tokens - 1, sampling.max_new_tokens, stops)
         self._texts[row] = Text(sampling, stops)
         return row
 
     def release(self, row: int) -> None:
         """Frees a row, finished or not. Does not wait for the device."""
-        self.live[row] = False
+        self.at.rest(row)
         self._texts[row] = None
 
     @torch.no_grad()
@@ -211,9 +199,9 @@ class Decoder:
         if self._texts[row] is None:
             raise ValueError(f"row: expected one that start returned, got {row}, which is free")
         return ModelState(
-            tensors=self.pool.take(row) if int(self.position[row]) else {},
-            tokens=int(self.position[row]) + 1,
-            last=int(self.token[row]),
+            tensors=self.pool.take(row) if int(self.at.position[row]) else {},
+            tokens=int(self.at.position[row]) + 1,
+            last=int(self.at.token[row]),
             met=self.choices.met[row].cpu(),
             fingerprint=self.fingerprint,
         )
@@ -252,12 +240,12 @@ class Decoder:
                 if needs not in self._graphs:
                     self._graphs[needs] = self._capture(needs)
                 self._graphs[needs].replay()
-                box.copy_(self.emitted, non_blocking=True)
+                box.copy_(self.at.emitted, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record()
         else:
             self.step(needs)
-            box.copy_(self.emitted)
+            box.copy_(self.at.emitted)
         return Flight(box, arrived, tuple(self._texts))
 
     def _land(self, flight: Flight) -> list[Written]:
@@ -282,44 +270,24 @@ class Decoder:
         Works on tensors whose addresses stay, never waits for the device, and where no row is live
         changes nothing but `emitted`.
         """
-        asleep = ~self.live[:, None]
-        layout = TokenLayout(self.position[:, None].masked_fill(asleep, -1), asleep)
-        x_P1D = self.model.model.embeddings(self.token[:, None])
+        layout = self.at.layout
+        x_P1D = self.model.model.embeddings(self.at.token[:, None])
         for block, state in zip(self.blocks, self.pool.layers, strict=True):
             x_P1D = block(x_P1D, layout, state)
-        self._choose_step(self.head(x_P1D), needs)
-
-    def _choose(self, logits_PW: Tensor, needs: Needs) -> None:
-        """From logits to the next token, and what follows from it."""
-        was_live = self.live.clone()
-        position = self.position + was_live
-        chosen = torch.where(was_live, sample(logits_PW, self.choices, position, needs), self.token)
-        left = self.left - was_live.long()
-        live = was_live & (left > 0) & ~(self.stops == chosen[:, None]).any(1)
-        met = self.choices.met
-        known = met.gather(1, chosen[:, None]) | was_live[:, None]
-        met.scatter_(1, chosen[:, None], known)
-        self.token.copy_(chosen)
-        self.position.copy_(position)
-        self.left.copy_(left)
-        self.live.copy_(live)
-        self.emitted[0].copy_(torch.where(was_live, chosen, -1))
-        self.emitted[1].copy_(live)
+        self.at.advance(self.head(x_P1D), self.choices, needs)
 
     def _capture(self, needs: Needs) -> Any:
         """A graph of the step. Warms up with no row live, which leaves every state as it is."""
-        live = self.live.clone()
-        self.live.zero_()
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(3):
+        with self.at.all_at_rest():
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self.step(needs)
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.step(needs)
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(needs)
-        self.live.copy_(live)
         return graph
 
     def write(

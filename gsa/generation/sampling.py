@@ -97,13 +97,14 @@ class Choices:
 def sample(logits_PW: Tensor, choices: Choices, position_P: Tensor, needs: Needs) -> Tensor:
     """The next token of every row, int64 [P].
 
-    Repetition penalty, temperature, top-k and top-p, in that order; then the largest of logits plus
-    Gumbel noise, which is a draw from their softmax. The noise is a function of the row's seed, the
-    position and the word, so a token does not depend on what else was drawn before or beside it.
-
     Args:
         position_P: int64 [P], how many tokens each row has read.
     """
+    return draw(shape(logits_PW, choices, needs), choices, position_P, needs)
+
+
+def shape(logits_PW: Tensor, choices: Choices, needs: Needs) -> Tensor:
+    """Logits in fp32 after repetition penalty, temperature, top-k and top-p, in that order."""
     logits = logits_PW.float()
     if needs.penalty:
         penalty = choices.penalty[:, None]
@@ -111,11 +112,22 @@ def sample(logits_PW: Tensor, choices: Choices, position_P: Tensor, needs: Needs
         logits = torch.where(choices.met, changed, logits)
     if needs.chance:
         logits = logits / choices.temperature[:, None]
-        if needs.cut:
-            logits = cut(logits, choices.top_k[:, None], choices.top_p[:, None])
+    if needs.cut:
+        logits = cut(logits, choices.top_k[:, None], choices.top_p[:, None])
+    return logits
+
+
+def draw(logits_PW: Tensor, choices: Choices, position_P: Tensor, needs: Needs) -> Tensor:
+    """The largest of shaped logits, the first of equals; by chance, of logits plus Gumbel noise,
+    which is a draw from their softmax.
+
+    The noise is a function of the row's seed, the position and the word, so a token does not depend
+    on what else was drawn before or beside it.
+    """
+    if needs.chance:
         noise = gumbel(choices.seed, position_P, choices.words)
-        logits = logits + choices.chance[:, None] * noise
-    return logits.argmax(-1)
+        logits_PW = logits_PW + choices.chance[:, None] * noise
+    return logits_PW.argmax(-1)
 
 
 def cut(logits_PW: Tensor, top_k_P1: Tensor, top_p_P1: Tensor) -> Tensor:

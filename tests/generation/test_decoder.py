@@ -1,5 +1,7 @@
 """The pool writes what transformers' `generate` writes, whoever is beside whom."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import VARIANTS, build_tiny
@@ -168,7 +170,7 @@ def test_the_whole_step_is_one_graph_per_block(prompts):
     decoder = Decoder(model, rows=2)
     for part in (*decoder.blocks, decoder.head):
         part.compile(fullgraph=True, dynamic=False, backend=keep)
-    decoder._choose_step = torch.compile(decoder._choose, fullgraph=True, backend=keep)
+    decoder.at.compile(partial(torch.compile, fullgraph=True, backend=keep))
     states = [decoder.prefill(prompt) for prompt in prompts(2)]
     assert decoder.write_all(states, [WILD, WILD]) == expected
     assert len(graphs) == 3
