@@ -76,7 +76,7 @@ class PrefillConfig:
     text: str
     """File with the text to read, UTF-8."""
     state: str
-    """File to write, such as book.safetensors; an older one is replaced."""
+    """File to write, such as book.safetensors; an older state is replaced, no other file."""
     device: str = "cpu"
     """Where to run: cpu, cuda, ..."""
     dtype: Dtype = "auto"
