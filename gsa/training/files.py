@@ -37,6 +37,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def check_result(out: str, key: str, maker: str) -> None:
+    """Before the work: OSError if its result would replace anything but an earlier one.
+
+    Or if no file can be made there.
+
+    Args:
+        out: the file; "" for none.
+        key: what is in the JSON object of every result of the kind.
+        maker: the command that makes them.
+    """
+    if not out:
+        return
+    path = Path(out)
+    if path.exists():
+        try:
+            earlier = key in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            earlier = False
+        if not earlier:
+            raise FileExistsError(f"out: {out} exists and is no result of {maker}; choose another")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise PermissionError(f"out: expected a file that can be made, but in {place} none can")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, as hex."""
     with path.open("rb") as file:
