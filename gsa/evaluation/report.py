@@ -21,8 +21,8 @@ def write_report(out: str, document: dict[str, Any], table: str) -> None:
     if out:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)  # first: a table alone would be taken for another's
         write_text(path.with_suffix(".md"), f"{table}\n")
-        write_json(path, document)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

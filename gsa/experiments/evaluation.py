@@ -43,6 +43,7 @@ from gsa.model import GSAConfig
 from gsa.training import RunError
 from gsa.training.distributed import Team
 from gsa.training.files import sha256, write_json, write_text
+from gsa.training.lock import turn
 
 PERPLEXITY = "perplexity"
 NOT_RUN = "not_run.json"
@@ -184,6 +185,7 @@ class Evaluation:
             run = partial(_marked, one, marks[name])
             arms.append(Arm(name=f"{task} on {name}", folder=at, run=run))
 
+        @turn(out)
         def report() -> None:
             pairs = product(models, self.tasks())
             folders = {f"{name}/{task}": out / name / task for name, task in pairs}

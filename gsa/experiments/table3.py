@@ -28,6 +28,7 @@ from gsa.experiments.evaluation import SUITE_FREE, Evaluation, SuiteConfig
 from gsa.model.cost import count_parameters
 from gsa.training.distributed import Team, join
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 from gsa.training.metrics import read_metrics
 from gsa.training.setup import pick_device
 
@@ -177,6 +178,7 @@ def reproduce_table3(
             for name in chosen
         ]
 
+        @turn(out)
         def report() -> None:
             results = collect(out, folders)
             write_text(out / "report.md", report_text(config, results, EVALUATION.section(out)))

@@ -32,6 +32,7 @@ from gsa.training import TrainConfig, train
 from gsa.training.comparison import ReportConfig, compare_runs
 from gsa.training.distributed import join
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 from gsa.training.metrics import METRICS, read_metrics
 from gsa.training.setup import build_model_config, check_team, pick_device
 
@@ -167,6 +168,7 @@ def reproduce(
 
         evaluation = comparison.evaluation
 
+        @turn(out)
         def report() -> None:
             results = collect(out, folders)
             begun = [str(at) for at in folders.values() if (at / METRICS).is_file()]

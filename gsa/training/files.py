@@ -21,9 +21,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def incomplete(path: Path) -> Path:
+    """Where a file is until it is whole; a killed process may leave it there."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, or leave what was there."""
-    beside = path.with_name(f".{path.name}.incomplete")
+    beside = incomplete(path)
     try:
         beside.write_text(text, encoding="utf-8")
         sync(beside)

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -45,3 +47,14 @@ class RunLock:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process has its turn in `folder`, then has it: for what takes moments.
+
+    Of a folder that several commands share, and that is no run folder.
+    """
+    with (folder / LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
