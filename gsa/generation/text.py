@@ -117,9 +117,12 @@ def prefill_file(config: PrefillConfig) -> str:
 def to_device(name: str) -> torch.device:
     """A device by its name; ValueError if there is none such."""
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.empty(1, device=name)
+        probe.item()
+        return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device: {name!r} cannot be used here ({why})") from error
 
 
 class TextStream:

@@ -4,6 +4,8 @@ disk, then renamed."""
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file an OSError is about, where the system does not: on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def incomplete(path: Path) -> Path:
     """Where a file is until it is whole; a killed process may leave it there."""
     return path.with_name(f".{path.name}.incomplete")
@@ -30,9 +42,10 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole text file, or leave what was there."""
     beside = incomplete(path)
     try:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
-        beside.replace(path)
+        with naming(path):
+            beside.write_text(text, encoding="utf-8")
+            sync(beside)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gsa.training.errors import RunError
+from gsa.training.files import files_under, incomplete, sync
 
 LOCK = ".lock"
 
@@ -58,3 +60,28 @@ def turn(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` to fill; then forced to disk and renamed, or dropped on errors.
+
+    What a killed process left there is dropped, too. RunError if another process is filling it.
+    """
+    partial = incomplete(out.absolute())
+    partial.mkdir(parents=True, exist_ok=True)
+    with RunLock(partial):
+        try:
+            for path in partial.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+            yield partial
+            for path in files_under(partial):
+                sync(path)
+            partial.rename(out)
+            (out / LOCK).unlink()
+            sync(out.absolute().parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gsa.training.files import naming
+
 METRICS = "metrics.jsonl"
 
 
@@ -17,7 +19,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, after_step: int, validated: int) -> None:
-        path = folder / METRICS
+        self._path = path = folder / METRICS
         if path.exists():
             os.truncate(path, _length_up_to(path, after_step, validated))
         self._file = path.open("a", encoding="utf-8")
@@ -27,8 +29,9 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force the lines to disk: a checkpoint must not be ahead of them."""

@@ -104,16 +104,18 @@ def test_damaged_and_partial_models_are_explained(folder, tmp_path):
         load(mute)
 
 
-def test_an_empty_prompt_is_refused(folder):
+def test_an_empty_prompt_and_a_device_without_numbers_are_refused(folder):
     with pytest.raises(ValueError, match="prompt: expected some text"):
         next(generate_text(GenerateConfig(model=str(folder), prompt="")))
+    with pytest.raises(ValueError, match="device: 'meta' cannot be used here"):
+        next(generate_text(config(folder, device="meta")))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("model", ""),
-        ("repetition_penalty", 0.0), ("seed", 2**63),
+        ("repetition_penalty", 0.0), ("seed", 2**63), ("top_k", 2**63), ("max_new_tokens", 2**63),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):
