@@ -169,7 +169,12 @@ def reproduce_table3(
         asked = {key: value for key, value in asdict(config).items() if key not in free}
         marks = {"data": shards.fingerprint, "validation": validation.fingerprint}
         tell(plan)
-        team.ask_first(lambda: begin(out, asked | {"experiment": "table3", "fingerprints": marks}))
+
+        def begun() -> None:
+            begin(out, asked | {"experiment": "table3", "fingerprints": marks})
+            EVALUATION.check(out, config)
+
+        team.ask_first(begun)
         folders = {name: out / name for name in (TEACHER, *ARMS)}
         arms = [Arm(name=TEACHER, folder=out / TEACHER, run=partial(_teacher, config, team))]
         arms = arms if TEACHER in config.arms or not config.arms else []

@@ -155,7 +155,14 @@ def reproduce(
 
         tell(estimate(config, {labels[k]: c for k, c in configs.items()},
                       seq_len=recipe.seq_len, tokens=tokens))  # fmt: skip
-        team.ask_first(lambda: begin(out, asked))
+        evaluation = comparison.evaluation
+
+        def begun() -> None:
+            begin(out, asked)
+            if evaluation and isinstance(config, SuiteConfig):
+                evaluation.check(out, config)
+
+        team.ask_first(begun)
         folders = {key: out / key for key in keys}
         arms = [
             Arm(
@@ -165,8 +172,6 @@ def reproduce(
             )
             for key in chosen
         ]
-
-        evaluation = comparison.evaluation
 
         @turn(out)
         def report() -> None:
