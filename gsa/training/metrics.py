@@ -44,7 +44,7 @@ class MetricsLog:
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of a run: (training steps, validations). It may be going on, or broken off.
 
-    A last line that is not whole is left out; ValueError for any other that is no JSON object.
+    A last line that is not whole is left out; ValueError for any other that lacks numbers.
     """
     path = folder / METRICS
     lines = path.read_bytes().splitlines(keepends=True)
@@ -52,8 +52,12 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, KeyError, TypeError):
+            losses = [row[key] for key in ("loss", "val_loss") if row.get(key) is not None]
+            if not all(
+                isinstance(one, int | float) for one in (row["step"], row["tokens"], *losses)
+            ):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
             if number == len(lines):
                 break
             raise ValueError(
