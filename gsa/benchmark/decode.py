@@ -20,7 +20,7 @@ from gsa.benchmark.language_models import (
     recipe_keys,
     rival,
 )
-from gsa.benchmark.results import Results
+from gsa.benchmark.results import Results, check_out
 from gsa.benchmark.tables import aligned
 
 GIB = 1 << 30
@@ -95,6 +95,7 @@ def bench_decode(
         recipes: keys of GSAConfig by the name of a recipe.
         architectures: by name, from such keys to those of a rival of equal size.
     """
+    check_out(config.out)
     check_contenders("arch", config.arch, architectures)
     device = torch.device(bench_device(config.device))
     keys, compile = config.keys(recipes), device.type == "cuda" and not config.eager

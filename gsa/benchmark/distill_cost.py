@@ -17,7 +17,7 @@ from torch import nn
 import gsa
 from gsa.benchmark.environment import commit
 from gsa.benchmark.model_cost import read_config
-from gsa.benchmark.results import write_result
+from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.tables import aligned
 from gsa.conversion.config import ConvertConfig
 from gsa.conversion.distill_config import Lesson
@@ -104,7 +104,9 @@ def bench_distill(config: DistillCostConfig) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: a folder without the config of a GSA model or of a
             Transformer that gsa convert knows.
+        OSError: `out` is something else, or cannot be written.
     """
+    check_out(config.out)
     student, teacher = read_pair(config)
     theirs = count_parameters(teacher).total
     taught, stages = False, []

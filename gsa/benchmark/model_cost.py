@@ -9,7 +9,7 @@ from typing import Any
 
 import gsa
 from gsa.benchmark.environment import commit
-from gsa.benchmark.results import write_result
+from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
 from gsa.model.cost import (
@@ -75,7 +75,9 @@ def bench_cost(
     Raises:
         ValueError: an unknown architecture, a model that is neither a recipe nor a GSA config, or
             one that contradicts itself.
+        OSError: `out` is something else, or cannot be written.
     """
+    check_out(config.out)
     models = {}
     for name in dict.fromkeys(config.models or recipes):
         if name not in recipes:

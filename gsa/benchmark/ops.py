@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from gsa.benchmark.environment import environment
-from gsa.benchmark.results import write_result
+from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.timing import Timing, interleaved
 from gsa.ops import Impl, gated_slot_attention
 
@@ -51,6 +51,9 @@ class BenchOpsConfig:
         for name in ("heads", "width", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("threads", "seconds", "max_loop", "max_attention"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
 
 
 def train_step(
@@ -110,7 +113,11 @@ def print_row(row: dict[str, object]) -> None:
 
 
 def bench_ops(config: BenchOpsConfig) -> dict[str, object]:
-    """Measures, prints the table and returns the result document."""
+    """Measures, prints the table and returns the result document.
+
+    OSError if `out` is something else, or cannot be written.
+    """
+    check_out(config.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.manual_seed(0)

@@ -26,7 +26,11 @@ class PlotConfig:
     """JSON files of `gsa bench ops`, `training` or `decode`, all of one kind on one kind of GPU; of
     a case in several, the last counts."""
     out: str = ""
-    """PNG file to write; beside the first result if empty."""
+    """PNG file to write, .png; beside the first result if empty. An older one is replaced."""
+
+    def __post_init__(self) -> None:
+        if self.out and Path(self.out).suffix.lower() != ".png":
+            raise ValueError(f"out: expected the name of a .png file, got {self.out!r}")
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -1,31 +1,32 @@
 """The result document: written whole after every measurement, so a killed run leaves that much."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gsa.training.files import check_result, write_json
+
+
+def check_out(out: str) -> None:
+    """Before measuring: OSError if `out` holds anything but a result, or cannot be written."""
+    check_result(out, "benchmark", "gsa bench")
+
 
 def write_result(path: Path, document: dict[str, Any]) -> None:
     """Writes a JSON file beside its place, then renames it."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file beside its place, then renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.incomplete")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_json(path, document)
 
 
 class Results:
     """A document that knows what is still missing.
 
     "complete" becomes true at the end of a run that reached every case; "not_run" names the others.
+    OSError as from `check_out`.
     """
 
     def __init__(self, out: str, head: dict[str, Any], names: Sequence[str]):
+        check_out(out)
         self.path = Path(out) if out else None
         self.document = head | {"complete": False, "not_run": list(names), "steps": [], "rows": []}
         self.save()

@@ -18,13 +18,13 @@ from gsa.benchmark.cases import ATTENTION_CASES, Case, select
 from gsa.benchmark.environment import device_name
 from gsa.benchmark.measure import why
 from gsa.benchmark.ops_gpu import Machine, cuda_machine
-from gsa.benchmark.results import write_text
 from gsa.benchmark.tables import aligned
 from gsa.benchmark.trials import Finding, Trial, Trials, packed_trial, timed_trial
 from gsa.ops import describe_impl
 from gsa.ops.triton import sizes, table
 from gsa.ops.triton.op import MAX_SLOTS
 from gsa.ops.triton.table import KERNELS, Row
+from gsa.training.files import write_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +210,7 @@ def bench_tune(config: TuneConfig, machine: Machine | None = None) -> list[Row]:
         except RuntimeError as error:  # out of memory, or a broken device
             print(f"{cases[0].name}: not tuned: {why(error)}", flush=True)
         if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, table.text(extended(before, findings)))
     rows = extended((), findings)
     if out is not None:

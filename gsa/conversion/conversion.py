@@ -24,7 +24,8 @@ from gsa.conversion.student import Plan, make_plan, student_config, student_dtyp
 from gsa.conversion.teacher import CONFIG, INDEX, ONE_FILE, Teacher, open_teacher
 from gsa.conversion.tokenizer import take_over_tokenizer, tokenizer_files
 from gsa.training.errors import RunError
-from gsa.training.files import files_under, sha256, sync, write_json
+from gsa.training.files import sha256, write_json
+from gsa.training.lock import made_whole
 
 REPORT = "conversion.json"
 GENERATION = "generation_config.json"
@@ -81,23 +82,15 @@ def convert(config: ConvertConfig) -> Conversion:
     _check_room(out, teacher)
     checked = _check(teacher, config)
     report = _report(teacher, plan, config, checked, tokenizer)
-    partial = out.absolute().with_name(f".{out.name}.incomplete")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_weights(partial, teacher, plan, config)
-        _write_configs(partial, teacher, plan)
-        take_over_tokenizer(teacher, tokenizer, partial)
-        write_json(partial / REPORT, report)
-        for path in files_under(partial):
-            sync(path)
-        _check_free(out)
-        partial.rename(out)
-        sync(out.absolute().parent)
+        with made_whole(out) as partial:
+            _write_weights(partial, teacher, plan, config)
+            _write_configs(partial, teacher, plan)
+            take_over_tokenizer(teacher, tokenizer, partial)
+            write_json(partial / REPORT, report)
+            _check_free(out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out}: could not be written ({error}); it is as it was before") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Conversion(folder=out, report=report)
 
 

@@ -21,7 +21,7 @@ from gsa.conversion.recall import Questions, make_questions, prose_of
 from gsa.conversion.teacher import open_teacher
 from gsa.data import TokenShards
 from gsa.model.loading import without_bars
-from gsa.training.files import write_json
+from gsa.training.files import check_result, write_json
 
 NEAR, FIRST = 32, 4
 """What a near-sighted layer sees: so many tokens back, and the first of the text, on which many
@@ -75,10 +75,10 @@ def retrieval(config: RetrievalConfig, say: Callable[[str], None] = print) -> li
 
     Raises:
         ValueError, FileNotFoundError: a folder that cannot be converted, shards of another
-            tokenizer, more layers asked for than there are, no room for a question or for `out`.
+            tokenizer, more layers asked for than there are, no room for a question.
+        OSError: `out` is something else, or cannot be written.
     """
-    if config.out and not Path(config.out).parent.is_dir():
-        raise ValueError(f"out: expected a file in a folder that exists, got {config.out}")
+    check_result(config.out, "sights", "gsa eval retrieval")
     count = open_teacher(config.model).config.num_hidden_layers
     if config.layers > count:
         raise ValueError(f"layers: expected at most {count}, got {config.layers}")
@@ -112,6 +112,7 @@ def retrieval(config: RetrievalConfig, say: Callable[[str], None] = print) -> li
             "shares": shares.tolist(),
             "sights": [asdict(one) for one in sights],
         }
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(config.out), found)
     return best
 

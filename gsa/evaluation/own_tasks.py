@@ -50,19 +50,25 @@ def question_after_context(row: Row, *, around: bool) -> Prompt:
     context = re.sub(r"\[(PAR|DOC|TLE)\]", "", row["context"])
     question = row["question"].strip()
     document = _sentence(_without(context, question))
-    return Prompt(document, f" {question}", tuple(row["answers"]), around)
+    return Prompt(document, f" {question}", _answers(row), around)
 
 
 def question_about(row: Row) -> Prompt:
     """Qasper, NarrativeQA, QMSum: context, question, answers."""
     question = f"\n\nQuestion: {row['question'].strip()}\nAnswer:"
-    return Prompt(row["context"].strip(), question, tuple(row["answers"]))
+    return Prompt(row["context"].strip(), question, _answers(row))
 
 
 def choice_about(row: Row) -> Prompt:
     """QuALITY: article, question, options, and answer, the place of the right one from 0."""
     question = f"\n\nQuestion: {row['question'].strip()}\nAnswer:"
     return Prompt(row["article"].strip(), question, (row["options"][row["answer"]],))
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    if isinstance(row["answers"], str):  # else each of its letters would be an answer
+        raise TypeError(f"answers: expected a list of texts, got {row['answers']!r}")
+    return tuple(row["answers"])
 
 
 def _without(text: str, ending: str) -> str:
@@ -84,7 +90,10 @@ def cut(prompt: Prompt, tokenizer: Any, most: int) -> str:
     """
     room = most - SPARE - len(tokenizer.encode(prompt.question))
     if room < 1:
-        raise ValueError(f"length: expected more room than a question of a task takes, got {most}")
+        raise ValueError(
+            f"length: expected at least {1 - room} more: with its question and its answer, a task "
+            "leaves no token for the document"
+        )
     said = tokenizer(prompt.document, return_offsets_mapping=True, add_special_tokens=False)
     places = said["offset_mapping"]
     if len(places) <= room:
@@ -195,6 +204,8 @@ def build_own(name: str, rows: Sequence[Row], tokenizer: Any, length: int) -> Co
     for number, row in enumerate(rows, start=1):
         try:
             prompt = task.ask(row)
+            if not all(isinstance(one, str) for one in prompt.answers):
+                raise TypeError(f"answers: expected texts, got {prompt.answers}")
             doc = {"prompt": cut(prompt, tokenizer, length - task.max_new_tokens)}
             doc |= {"answers": list(prompt.answers)}
             doc |= {"options": row["options"], "right": row["answer"]} if _chooses(task) else {}

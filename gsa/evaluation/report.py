@@ -1,23 +1,18 @@
 """Results of an evaluation as files: JSON, and a table in Markdown beside it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gsa.training.files import write_json, write_text
+from gsa.training.files import check_result, write_json, write_text
 
 
 def check_out(out: str) -> None:
-    """FileExistsError if a result would replace anything but an earlier result."""
-    if not out or not Path(out).exists():
-        return
-    try:
-        earlier = "evaluation" in json.loads(Path(out).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        earlier = False
-    if not earlier:
-        raise FileExistsError(f"out: {out} exists and is no result of gsa eval; choose another")
+    """OSError if a result, or its table, would replace anything but an earlier result."""
+    check_result(out, "evaluation", "gsa eval")
+    table = Path(out).with_suffix(".md") if out else Path()
+    if out and table.exists() and not Path(out).exists():
+        raise FileExistsError(f"out: {table} exists, where the table would go; choose another")
 
 
 def write_report(out: str, document: dict[str, Any], table: str) -> None:
@@ -26,8 +21,8 @@ def write_report(out: str, document: dict[str, Any], table: str) -> None:
     if out:
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)  # first: a table alone would be taken for another's
         write_text(path.with_suffix(".md"), f"{table}\n")
-        write_json(path, document)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

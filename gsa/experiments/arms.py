@@ -7,7 +7,8 @@
         report.md           for people
 
 Whatever interrupts it, the same command goes on: arms that are done are skipped, and an arm under
-way goes on from its own checkpoint. Several commands may share the folder, with different arms.
+way goes on from its own checkpoint. Several commands may share the folder, with different arms;
+they report in turns.
 """
 
 import json
@@ -21,7 +22,8 @@ import torch
 from gsa.benchmark.environment import environment
 from gsa.training import RunError
 from gsa.training.distributed import Team
-from gsa.training.files import write_json
+from gsa.training.files import incomplete, write_json
+from gsa.training.lock import LOCK, turn
 
 EXPERIMENT, RESULT, RESULTS = "experiment.json", "result.json", "results.json"
 Result = dict[str, Any]
@@ -61,12 +63,15 @@ def records(device: str, team: Team, *, eager: bool) -> bool:
 def begin(out: Path, asked: dict[str, Any]) -> None:
     """Writes what is asked of a new folder. RunError if it holds anything else."""
     path, now = out / EXPERIMENT, json.loads(json.dumps(asked))
-    if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists():
+        there = {at.name for at in out.iterdir()} if out.is_dir() else {out.name}
+        ours = {LOCK, incomplete(path).name}  # of a command that began just now, or was killed
+        if there - ours and not path.is_file():
             raise RunError(f"out: {out} holds something that is no experiment; choose another out")
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-        return
+    out.mkdir(parents=True, exist_ok=True)
+    with turn(out):
+        if not path.is_file():
+            write_json(path, now)
     before = _read(path)
     differing = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked"

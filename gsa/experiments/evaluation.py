@@ -43,6 +43,7 @@ from gsa.model import GSAConfig
 from gsa.training import RunError
 from gsa.training.distributed import Team
 from gsa.training.files import sha256, write_json, write_text
+from gsa.training.lock import turn
 
 PERPLEXITY = "perplexity"
 NOT_RUN = "not_run.json"
@@ -142,6 +143,15 @@ class Evaluation:
         table = estimate(config, models, seq_len=length, tokens=inputs * length, training=False)
         return f"{said}:\n{table}"
 
+    def check(self, base: Path, config: SuiteConfig) -> None:
+        """RunError if it was begun in `base` with other settings: told before training."""
+        if (base / self.folder / EXPERIMENT).is_file():
+            begin(base / self.folder, self._asked(config))
+
+    def _asked(self, config: SuiteConfig) -> dict[str, Any]:
+        asked = {"limit": config.limit, "dtype": config.dtype}
+        return asked | {"experiment": f"suite {self.suite}"}
+
     def run(
         self,
         base: Path,
@@ -168,8 +178,7 @@ class Evaluation:
             say(f"{self.suite}: give the same command without torchrun; one process evaluates")
             return
         out = base / self.folder
-        asked = {"limit": config.limit, "dtype": config.dtype}
-        begin(out, asked | {"experiment": f"suite {self.suite}"})
+        begin(out, self._asked(config))
         models = find_models(sources or [str(base)])
         chosen = [name for name in models if name in only or not only]
         marks = {name: _weights(models[name]) for name in chosen}
@@ -184,6 +193,7 @@ class Evaluation:
             run = partial(_marked, one, marks[name])
             arms.append(Arm(name=f"{task} on {name}", folder=at, run=run))
 
+        @turn(out)
         def report() -> None:
             pairs = product(models, self.tasks())
             folders = {f"{name}/{task}": out / name / task for name, task in pairs}

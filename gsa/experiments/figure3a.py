@@ -27,6 +27,7 @@ from gsa.training import TrainConfig
 from gsa.training.config import Dtype
 from gsa.training.distributed import Team
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 from gsa.training.setup import pick_device
 
 PLOT = "figure3a.png"
@@ -256,6 +257,7 @@ def reproduce_figure3a(
     epochs = config.epochs or protocol.examples.epochs
     examples = replace(protocol.examples, epochs=epochs)
 
+    @turn(out)
     def report() -> None:
         results = collect(out, {at.name: at for at in sorted(out.iterdir()) if at.is_dir()})
         best = best_points(results)

@@ -42,6 +42,7 @@ from gsa.recipes import RECIPES
 from gsa.training import RunError
 from gsa.training.distributed import Team
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 
 Size = Literal["tiny", "small", "paper"]
 KEYS = {name: make().model for name, make in RECIPES.items()}
@@ -195,6 +196,7 @@ def _measure(
         except ValueError as error:
             raise RunError(str(error)) from error
 
+    @turn(out)
     def report() -> None:
         found = collect(out, {name: out / name for name in contenders(ARCHS)})
         write_text(out / "report.md", text(found))

@@ -29,6 +29,7 @@ from gsa.experiments.evaluation import SUITE_FREE, Evaluation, SuiteConfig
 from gsa.model.cost import count_parameters
 from gsa.training.distributed import Team, join
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 from gsa.training.metrics import read_metrics
 from gsa.training.setup import pick_device
 
@@ -169,7 +170,12 @@ def reproduce_table3(
         asked = {key: value for key, value in asdict(config).items() if key not in free}
         marks = {"data": shards.fingerprint, "validation": validation.fingerprint}
         tell(plan)
-        team.ask_first(lambda: begin(out, asked | {"experiment": "table3", "fingerprints": marks}))
+
+        def begun() -> None:
+            begin(out, asked | {"experiment": "table3", "fingerprints": marks})
+            EVALUATION.check(out, config)
+
+        team.ask_first(begun)
         folders = {name: out / name for name in (TEACHER, *ARMS)}
         arms = [Arm(name=TEACHER, folder=out / TEACHER, run=partial(_teacher, config, team))]
         arms = arms if TEACHER in config.arms or not config.arms else []
@@ -178,6 +184,7 @@ def reproduce_table3(
             for name in chosen
         ]
 
+        @turn(out)
         def report() -> None:
             results = collect(out, folders)
             write_text(out / "report.md", report_text(config, results, EVALUATION.section(out)))

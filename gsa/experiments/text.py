@@ -33,6 +33,7 @@ from gsa.training import TrainConfig, train
 from gsa.training.comparison import ReportConfig, compare_runs
 from gsa.training.distributed import join
 from gsa.training.files import write_text
+from gsa.training.lock import turn
 from gsa.training.metrics import METRICS, read_metrics
 from gsa.training.setup import build_model_config, check_team, pick_device
 
@@ -155,7 +156,14 @@ def reproduce(
 
         tell(estimate(config, {labels[k]: c for k, c in configs.items()},
                       seq_len=recipe.seq_len, tokens=tokens))  # fmt: skip
-        team.ask_first(lambda: begin(out, asked))
+        evaluation = comparison.evaluation
+
+        def begun() -> None:
+            begin(out, asked)
+            if evaluation and isinstance(config, SuiteConfig):
+                evaluation.check(out, config)
+
+        team.ask_first(begun)
         folders = {key: out / key for key in keys}
         arms = [
             Arm(
@@ -166,8 +174,7 @@ def reproduce(
             for key in chosen
         ]
 
-        evaluation = comparison.evaluation
-
+        @turn(out)
         def report() -> None:
             results = collect(out, folders)
             begun = [str(at) for at in folders.values() if (at / METRICS).is_file()]

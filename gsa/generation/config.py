@@ -76,7 +76,7 @@ class PrefillConfig:
     text: str
     """File with the text to read, UTF-8."""
     state: str
-    """File to write, such as book.safetensors; an older one is replaced."""
+    """File to write, such as book.safetensors; an older state is replaced, no other file."""
     device: str = "cpu"
     """Where to run: cpu, cuda, ..."""
     dtype: Dtype = "auto"
@@ -95,15 +95,16 @@ def check_model(folder: str) -> None:
 
 def check_sampling(settings: Any) -> None:
     """ValueError naming the field of a sampling setting that makes no sense."""
-    if settings.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {settings.max_new_tokens}")
+    for name, least in (("max_new_tokens", 1), ("top_k", 0)):
+        value = getattr(settings, name)
+        if not least <= value < 2**63:
+            most = "" if value < least else " and of 64 bits"
+            raise ValueError(f"{name}: expected at least {least}{most}, got {value}")
     for name in ("temperature", "repetition_penalty"):
         value = getattr(settings, name)
         if not (math.isfinite(value) and value > 0):
             hint = "; for no chance at all use greedy" if name == "temperature" else ""
             raise ValueError(f"{name}: expected a number above 0, got {value}{hint}")
-    if settings.top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, got {settings.top_k}")
     if not 0 < settings.top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {settings.top_p}")
     if not -(2**63) <= settings.seed < 2**63:

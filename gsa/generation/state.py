@@ -47,8 +47,12 @@ class ModelState:
         return replace(self)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file beside its place, then renames it; an older one is replaced."""
+        """Writes a safetensors file beside its place, then renames it; an older one is replaced.
+
+        ValueError, FileExistsError as from `check_place`.
+        """
         path = Path(path)
+        check_place(path)
         # Copies: layers may share their positions, which a file of tensors must not.
         dense = torch.contiguous_format
         held = {name: t.cpu().clone(memory_format=dense) for name, t in self.tensors.items()}
@@ -100,6 +104,23 @@ class ModelState:
             )
         except (KeyError, ValueError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: not a whole state ({error!r}); damaged?") from error
+
+
+def check_place(path: Path) -> None:
+    """FileExistsError if a state would replace anything but a state; ValueError for a folder."""
+    if path.is_dir():
+        raise ValueError(f"state: expected a file to write, got the folder {path}")
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            earlier = (file.metadata() or {}).get("format") == FORMAT
+    except SafetensorError:
+        earlier = False
+    if not earlier:
+        raise FileExistsError(
+            f"state: {path} exists and is no model's state; choose another, or remove it yourself"
+        )
 
 
 def fingerprint(model: Any) -> str:

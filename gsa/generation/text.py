@@ -18,7 +18,7 @@ from gsa.generation.config import Dtype, GenerateConfig, PrefillConfig
 from gsa.generation.decoder import Decoder
 from gsa.generation.prefill import Reading
 from gsa.generation.sampling import Sampling
-from gsa.generation.state import ModelState, fingerprint
+from gsa.generation.state import ModelState, check_place, fingerprint
 from gsa.model import GSAForCausalLM
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -96,6 +96,7 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
 
 def prefill_file(config: PrefillConfig) -> str:
     """Read a text into a model's state and save that as a file; says what was read."""
+    check_place(Path(config.state))
     try:
         text = Path(config.text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -116,9 +117,12 @@ def prefill_file(config: PrefillConfig) -> str:
 def to_device(name: str) -> torch.device:
     """A device by its name; ValueError if there is none such."""
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.empty(1, device=name)
+        probe.item()
+        return probe.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: {name!r} cannot be used here ({error})") from error
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device: {name!r} cannot be used here ({why})") from error
 
 
 class TextStream:

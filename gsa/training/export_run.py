@@ -27,7 +27,8 @@ from gsa.training.checkpoint import (
 from gsa.training.distributed import Team
 from gsa.training.errors import RunError
 from gsa.training.export import write_weights
-from gsa.training.files import CHECKPOINTS, WEIGHTS, files_under, sync
+from gsa.training.files import CHECKPOINTS, WEIGHTS
+from gsa.training.lock import made_whole
 
 _NOT_THE_MODEL = (MANIFEST, STATE, SHARDS, f"{RNG}*.safetensors", "optimizer.safetensors")
 
@@ -45,24 +46,18 @@ def export_run(config: ExportConfig) -> Path:
 
     Raises:
         ValueError: out is there already.
-        RunError: there is no whole checkpoint, or no room.
+        RunError: there is no whole checkpoint, or no room; another process writes out.
     """
     source, out = Path(config.source), Path(config.out)
     if out.exists():
         raise ValueError(f"out: {out} exists; choose another, or remove it")
-    partial = out.with_name(f".{out.name}.incomplete")
     while True:
         checkpoint = _choose(source)
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write_from_checkpoint(partial, checkpoint.folder)
-            for path in files_under(partial):
-                sync(path)
-            partial.rename(out)
+            with made_whole(out) as partial:
+                write_from_checkpoint(partial, checkpoint.folder)
             return out
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             if checkpoint.folder.exists():
                 raise RunError(f"{out}: could not be written ({error})") from error
             # The run has newer ones and dropped this one meanwhile.

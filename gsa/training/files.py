@@ -4,6 +4,8 @@ disk, then renamed."""
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,29 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Says which file an OSError is about, where the system does not: on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def incomplete(path: Path) -> Path:
+    """Where a file is until it is whole; a killed process may leave it there."""
+    return path.with_name(f".{path.name}.incomplete")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, or leave what was there."""
-    beside = path.with_name(f".{path.name}.incomplete")
+    beside = incomplete(path)
     try:
-        beside.write_text(text, encoding="utf-8")
-        sync(beside)
-        beside.replace(path)
+        with naming(path):
+            beside.write_text(text, encoding="utf-8")
+            sync(beside)
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -35,6 +53,31 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a whole JSON file, or leave what was there."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_result(out: str, key: str, maker: str) -> None:
+    """Before the work: OSError if its result would replace anything but an earlier one.
+
+    Or if no file can be made there.
+
+    Args:
+        out: the file; "" for none.
+        key: what is in the JSON object of every result of the kind.
+        maker: the command that makes them.
+    """
+    if not out:
+        return
+    path = Path(out)
+    if path.exists():
+        try:
+            earlier = key in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            earlier = False
+        if not earlier:
+            raise FileExistsError(f"out: {out} exists and is no result of {maker}; choose another")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise PermissionError(f"out: expected a file that can be made, but in {place} none can")
 
 
 def sha256(path: Path) -> str:

@@ -2,11 +2,15 @@
 
 import fcntl
 import os
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from gsa.training.errors import RunError
+from gsa.training.files import files_under, incomplete, sync
 
 LOCK = ".lock"
 
@@ -45,3 +49,39 @@ class RunLock:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+@contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process has its turn in `folder`, then has it: for what takes moments.
+
+    Of a folder that several commands share, and that is no run folder.
+    """
+    with (folder / LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` to fill; then forced to disk and renamed, or dropped on errors.
+
+    What a killed process left there is dropped, too. RunError if another process is filling it.
+    """
+    partial = incomplete(out.absolute())
+    partial.mkdir(parents=True, exist_ok=True)
+    with RunLock(partial):
+        try:
+            for path in partial.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+            yield partial
+            for path in files_under(partial):
+                sync(path)
+            partial.rename(out)
+            (out / LOCK).unlink()
+            sync(out.absolute().parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

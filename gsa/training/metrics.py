@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gsa.training.files import naming
+
 METRICS = "metrics.jsonl"
 
 
@@ -17,7 +19,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, after_step: int, validated: int) -> None:
-        path = folder / METRICS
+        self._path = path = folder / METRICS
         if path.exists():
             os.truncate(path, _length_up_to(path, after_step, validated))
         self._file = path.open("a", encoding="utf-8")
@@ -27,8 +29,9 @@ class MetricsLog:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force the lines to disk: a checkpoint must not be ahead of them."""
@@ -41,7 +44,7 @@ class MetricsLog:
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of a run: (training steps, validations). It may be going on, or broken off.
 
-    A last line that is not whole is left out; ValueError for any other that is no JSON object.
+    A last line that is not whole is left out; ValueError for any other that lacks numbers.
     """
     path = folder / METRICS
     lines = path.read_bytes().splitlines(keepends=True)
@@ -49,8 +52,12 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"]
-        except (ValueError, KeyError, TypeError):
+            losses = [row[key] for key in ("loss", "val_loss") if row.get(key) is not None]
+            if not all(
+                isinstance(one, int | float) for one in (row["step"], row["tokens"], *losses)
+            ):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError):
             if number == len(lines):
                 break
             raise ValueError(

@@ -10,7 +10,7 @@ from gsa.data import MixedShards, TokenShards
 from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
-from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, write_json
+from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, incomplete, write_json
 from gsa.training.lock import LOCK
 from gsa.training.report import REPORT, versions
 
@@ -25,7 +25,8 @@ def open_run_folder(out: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"out: expected a folder, got the file {folder}")
     if folder.is_dir() and not (folder / SETTINGS).is_file():
-        others = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
+        ours = (LOCK, incomplete(folder / SETTINGS).name)
+        others = sorted(path.name for path in folder.iterdir() if path.name not in ours)
         if others:
             raise RunError(
                 f"out: {folder} is not a run folder ({SETTINGS} is missing) and holds "

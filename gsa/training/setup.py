@@ -69,6 +69,11 @@ def pick_device(name: str, team: Team) -> torch.device:
         raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {name} asked, but torch {torch.__version__} sees no CUDA device")
+    try:
+        torch.empty(1, device=device).item()
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device: {name!r} cannot be used here ({why})") from error
     if team.mesh is None or device.type != "cuda":
         return device
     if device.index is not None:

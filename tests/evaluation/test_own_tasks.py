@@ -70,3 +70,10 @@ def test_rows_without_their_keys_are_refused():
         build_own("recall_fda", [good, {"text": "a"}], tokenizer, 100)
     with pytest.raises(ValueError, match="at least one row"):
         build_own("recall_drop", [], tokenizer, 100)
+    row = {"context": "Rome fell in", "question": "It fell in"}
+    with pytest.raises(ValueError, match=r"row 1: .*answers: expected a list of texts, got '476'"):
+        build_own("recall_drop", [row | {"answers": "476"}], tokenizer, 100)
+    with pytest.raises(ValueError, match=r"row 1: .*answers: expected texts, got \(476"):
+        build_own("recall_drop", [row | {"answers": [476]}], tokenizer, 100)
+    with pytest.raises(ValueError, match=r"length: expected at least \d+ more"):
+        build_own("recall_drop", [row | {"answers": ["476"]}], tokenizer, 30)

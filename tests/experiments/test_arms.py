@@ -1,6 +1,8 @@
 """Experiments of several arms: what is skipped, refused, told of failures and written."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from gsa.experiments.arms import Arm, StoppedError, begin, collect, read_result, run_arms
 from gsa.training import RunError
 from gsa.training.distributed import Team
+from gsa.training.lock import turn
 
 
 class Bench:
@@ -97,3 +100,26 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "out" / "experiment.json").write_text("{")
     with pytest.raises(RunError, match="damaged"):
         begin(tmp_path / "out", {"seed": 0})
+
+
+def test_commands_share_a_folder_at_the_same_moment(tmp_path):
+    out, together = tmp_path / "out", Barrier(4)
+
+    def command(name):
+        together.wait()
+        bench = Bench(out)
+        bench.report = turn(out)(lambda: collect(out, {n: out / n for n in "abcd"}))
+        for _ in range(5):
+            bench.report()
+        return bench.run(name)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(command, "abcd")) == [0] * 4
+    assert json.loads((out / "results.json").read_text())["missing"] == []
+
+
+@pytest.mark.parametrize("left", [".lock", ".experiment.json.incomplete"])
+def test_what_a_killed_command_left_is_no_obstacle(tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / left).touch()
+    assert Bench(tmp_path / "out").run("a") == 0

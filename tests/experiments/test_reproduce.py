@@ -68,6 +68,9 @@ def test_table_1_and_recall_on_its_models(room, capsys, monkeypatch):
     times = {at: at.stat().st_mtime_ns for at in out.rglob("result.json")}
     assert reproduce(*command, *local) == 0
     assert times == {at: at.stat().st_mtime_ns for at in out.rglob("result.json")}
+    capsys.readouterr()
+    assert reproduce(*command, *local, "--arms", "gla", "--limit", "1") == 2
+    assert "limit: 0 there, 1 asked" in capsys.readouterr().err and not (out / "gla").exists()
 
     recall = ["recall", "--device", "cpu", "--models", out, "--out", room / "recall"]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

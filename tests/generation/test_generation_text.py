@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from gsa.generation import Decoder, GenerateConfig, ModelState
-from gsa.generation.text import TextStream, generate_text, load
+from gsa.generation.config import PrefillConfig
+from gsa.generation.text import TextStream, generate_text, load, prefill_file
 
 
 def config(folder, **options):
@@ -103,18 +104,35 @@ def test_damaged_and_partial_models_are_explained(folder, tmp_path):
         load(mute)
 
 
-def test_an_empty_prompt_is_refused(folder):
+def test_an_empty_prompt_and_a_device_without_numbers_are_refused(folder):
     with pytest.raises(ValueError, match="prompt: expected some text"):
         next(generate_text(GenerateConfig(model=str(folder), prompt="")))
+    with pytest.raises(ValueError, match="device: 'meta' cannot be used here"):
+        next(generate_text(config(folder, device="meta")))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("model", ""),
-        ("repetition_penalty", 0.0), ("seed", 2**63),
+        ("repetition_penalty", 0.0), ("seed", 2**63), ("top_k", 2**63), ("max_new_tokens", 2**63),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field}: expected"):
         GenerateConfig(**{"model": "m", "prompt": "p", field: value})
+
+
+def test_a_state_replaces_nothing_but_a_state(folder, tmp_path):
+    model = shutil.copytree(folder, tmp_path / "model")
+    book, weights = tmp_path / "book.txt", model / "model.safetensors"
+    book.write_text("The slot")
+    before = [path.read_bytes() for path in (book, weights)]
+    for path in (book, weights):
+        with pytest.raises(FileExistsError, match="exists and is no model's state; choose another"):
+            prefill_file(PrefillConfig(model=str(model), text=str(book), state=str(path)))
+    with pytest.raises(ValueError, match="state: expected a file to write, got the folder"):
+        prefill_file(PrefillConfig(model=str(model), text=str(book), state=str(tmp_path)))
+    assert [path.read_bytes() for path in (book, weights)] == before
+    place = PrefillConfig(model=str(model), text=str(book), state=str(tmp_path / "s.safetensors"))
+    assert prefill_file(place) and prefill_file(place)

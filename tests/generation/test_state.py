@@ -131,6 +131,7 @@ def test_files_that_are_no_state_are_explained(tmp_path, prompts):
     with pytest.raises(ValueError, match=r"expected a model's state .* 'another safetensors"):
         ModelState.load(path)
     state = decoder.prefill(prompts(3)[2])
+    path.unlink()
     state.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])

@@ -190,7 +190,11 @@ def test_a_torn_last_line_is_left_out(tmp_path, end):
     assert compare_runs(ReportConfig(runs=(str(run),), out=f"{tmp_path}/r.png")).is_file()
 
 
-@pytest.mark.parametrize("line", ['{"step": 3, "lo', "7", '"text"', "{}", "[1]"])
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 3, "lo', "7", '"text"', "{}", "[1]", '{"step": 3, "loss": 1.0}',
+     '{"step": 3, "tokens": 9, "loss": "1"}'],
+)  # fmt: skip
 def test_a_damaged_line_elsewhere_is_named(tmp_path, line):
     run = write_run(tmp_path / "a", losses=[3.0], end=f'{line}\n{{"step": 4, "loss": 1.0}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is no line of metrics"):

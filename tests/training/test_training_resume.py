@@ -108,6 +108,10 @@ def test_a_folder_that_is_no_run_is_not_touched(make_config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(RunError, match="expected a folder, got the file"):
         train(replace(config, out=str(tmp_path / "thesis.txt")))
+    for left in (".lock", ".train.json.incomplete"):  # by a run that was killed as it began
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / left).touch()
+    assert train(replace(config, out=str(tmp_path / "run"))).status == "finished"
 
 
 def stopped_at_5(config):

@@ -74,12 +74,13 @@ def build_service(config: ServeConfig) -> tuple[Service, Metrics]:
     model, tokenizer = load(config.model, config.dtype)
     if template is not None:
         tokenizer.chat_template = template
-    decoder = Decoder(
-        model.to(to_device(config.device)),
-        rows=config.rows,
-        capacity=config.capacity or None,
-        compile=config.compile,
-    )
+    model.to(to_device(config.device))
+    capacity = config.capacity or None
+    try:
+        decoder = Decoder(model, rows=config.rows, capacity=capacity, compile=config.compile)
+    except RuntimeError as error:  # out of memory
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"rows: {config.rows} could not be made ({why}); try fewer") from error
     for name, state in saved.items():
         try:
             decoder.reading([], state)

@@ -123,9 +123,9 @@ class Service:
                 f"this server, got {n * len(encoded)}",
                 param="n",
             )
-        seed = secrets.randbits(62) if body.seed is None else body.seed
         texts = []
         for tokens in encoded:
+            seed = secrets.randbits(62) if body.seed is None else body.seed
             self._check(tokens, state, most)
             prompt = Prompt(tokens, name, state)
             for k in range(n):

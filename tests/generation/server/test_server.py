@@ -146,6 +146,8 @@ def test_several_prompts_and_choices(client, offline):
         model="tiny", prompt=tokens, n=3, seed=7, max_tokens=20, temperature=1.2
     )
     assert [c.text for c in again.choices] == [c.text for c in made.choices]
+    chance = client.completions.create(model="tiny", prompt=["abc"] * 2, max_tokens=40)
+    assert chance.choices[0].text != chance.choices[1].text, "no seed, other chances"
 
 
 def test_characters_come_whole_and_usage_last(client, offline):

@@ -269,6 +269,7 @@ def test_what_cannot_be_served_is_explained(folder, tmp_path, capsys, monkeypatc
         port = str(taken.getsockname()[1])
         for options, words in (
             (["--rows", "0"], "rows: expected at least 1, got 0"),
+            (["--rows", str(10**12)], f"rows: {10**12} could not be made"),
             (["--queue", "-1"], "queue: expected at least 0, got -1"),
             (["--port", "65536"], "port: expected 0 to 65535"),
             (["--grace", "nan"], "grace: expected a number of seconds"),
