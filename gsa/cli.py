@@ -424,5 +424,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for this alone
+            raise
+        what = ". ".join(str(error).split(". ")[:3])
+        hint = "ask for less at once: fewer rows (with more accumulation), --recompute 1, bf16"
+        print(f"error: {what}; {hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -5,13 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gsa.cli import main
+from gsa.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "The slot forgets, the gate remembers; ä word or two in UTF-8. " * 30
@@ -222,6 +223,22 @@ def test_an_unfinished_run_names_its_checkpoint(shards, tmp_path, capsys):
     assert "not finished" in message and "step-00000008" in message
     checkpoint = str(run / "checkpoints" / "step-00000008")
     assert main(["generate", checkpoint, "--prompt", "The", "--max-new-tokens", "3"]) == 0
+
+
+def test_memory_that_ran_out_is_one_line_and_other_failures_are_none(capsys, monkeypatch):
+    def fails(error, arguments):
+        raise error
+
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB. See documentation for"
+    monkeypatch.setitem(COMMANDS, "info", partial(fails, torch.OutOfMemoryError(full)))
+    assert main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB") and "rows" in said
+    )
+    monkeypatch.setitem(COMMANDS, "info", partial(fails, RuntimeError("a defect of ours")))
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["info"])
 
 
 def test_unknown_options_and_commands_are_refused(capsys):

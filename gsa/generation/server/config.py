@@ -14,7 +14,8 @@ class ServeConfig:
     model: str
     """Folder of a GSA model: a finished run, a checkpoint, or a published one."""
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 for all of this machine's, which wants an API key."""
+    """Address to listen at; 0.0.0.0 for all of this machine's: give an API key then, or whoever
+    reaches it may use it."""
     port: int = 8000
     """Port to listen at; 0 for any free one, which is printed."""
     name: str = ""
