@@ -1,20 +1,15 @@
 """A running `gsa serve`, as tests ask it."""
 
 import contextlib
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import torch
+from forks import Forked, gsa
 
 from gsa.data import save_byte_tokenizer
 from gsa.model import GSAConfig, GSAForCausalLM
-
-ROOT = Path(__file__).parent.parent
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'raise' %}{{ raise_exception('not so') }}{% endif %}"
@@ -37,23 +32,17 @@ class Serving:
     """A server process at a free port of this machine, and ways to ask it."""
 
     def __init__(self, *options):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "gsa", "serve", *map(str, options), "--port", "0"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.said = self.process.stdout.readline()
-        if not self.said.startswith("serving "):
-            self.process.kill()
-            raise AssertionError(self.process.communicate()[1])
-        self.errors: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
-        self.url = self.said.split()[-1].removesuffix("/v1")
+        self.process = Forked(gsa, ["serve", *map(str, options), "--port", "0"])
+        output = self.process.said[0]
+        while not (said := output.read_text() if output.exists() else "").endswith("\n"):
+            assert self.process.poll() is None, self.errors
+            time.sleep(0.01)
+        assert said.startswith("serving ")
+        self.url = said.split()[-1].removesuffix("/v1")
 
-    def _listen(self):
-        self.errors.extend(self.process.stderr)
+    @property
+    def errors(self):
+        return self.process.said[1].read_text().splitlines()
 
     def client(self, kind=openai.OpenAI, key="none"):
         return kind(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)

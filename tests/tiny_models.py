@@ -1,7 +1,10 @@
 """Tiny models, one per way of remembering, in fp64 so that equal means equal."""
 
+import json
+
 import torch
 
+from gsa.generation import Decoder, ModelState
 from gsa.model import GSAConfig, GSAForCausalLM
 
 VARIANTS = {
@@ -85,3 +88,12 @@ def build_tiny(seed=0, **changes):
     rest = dict(intermediate_size=24, initializer_range=0.4, eos_token_id=None, pad_token_id=0)
     config = GSAConfig(**(sizes | rest | changes))
     return GSAForCausalLM(config).double().eval()
+
+
+def write_on(folder, sampling):
+    """Prints what each variant writes after the state that a folder holds, as JSON."""
+    texts = {}
+    for name, variant in VARIANTS.items():
+        state = ModelState.load(folder / f"{name}.safetensors")
+        texts[name] = list(Decoder(build_tiny(**variant)).write(state, sampling))
+    print(json.dumps(texts))

@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from forks import ALONE, Forked, gsa, launch, limit_files
 from safetensors.torch import load_file
 
+from gsa.conversion import distill
+from gsa.training import RunError, train
 from gsa.training.checkpoint import read_tensors
 from gsa.training.distributed import Team
 from gsa.training.objective import next_token
@@ -22,32 +26,21 @@ ROOT = Path(__file__).parent.parent
 STOP, END = "checkpoints/step-00000007", "checkpoints/step-00000012"
 """Where runs of 12 steps are stopped, and where they end."""
 
-DRIVER = """
-import json, sys
-from gsa.training import TrainConfig, train
-train(TrainConfig(**json.loads(sys.argv[1])))
-"""
 
-TEAM = """
-import json, resource, sys
-import torch.distributed as dist
-from gsa.training import RunError, TrainConfig, train
-from training_runs import OBJECTIVES, limit_files
-dist.init_process_group("gloo")
-for settings, resume, objective, *more in json.loads(sys.argv[1]):
-    made = OBJECTIVES[objective](*more)
+def start(config, objective="next token", room=resource.RLIM_INFINITY):
+    """A process that trains; room: bytes that no file may outgrow.
+
+    Same threads as here, so that its numbers are the same.
+    """
+    return Forked(train_alone, config, objective, room)
+
+
+def train_alone(config, objective, room):
+    limit_files(room)
     try:
-        train(TrainConfig(**settings), resume=resume, objective=made)
+        train(config, objective=OBJECTIVES[objective]())
     except RunError as error:
-        print(f"process {dist.get_rank()} ends: {error}", flush=True)
-    limit_files(resource.RLIM_INFINITY)
-dist.destroy_process_group()
-"""
-
-
-def start(config, program=DRIVER):
-    """A process that trains; same threads as here, so that its numbers are the same."""
-    return start_command([sys.executable, "-c", program, json.dumps(config.to_dict())])
+        sys.exit(str(error))
 
 
 @contextlib.contextmanager
@@ -61,21 +54,46 @@ def one_thread():
         torch.set_num_threads(threads)
 
 
-def torchrun(processes, arguments, *options):
-    """A launch of several processes on this machine; no options: a port of its own.
+def torchrun(processes, arguments):
+    """A launch of several processes on this machine, at a port of its own.
 
     One thread each: more than there are cores wait for one another.
     """
-    chosen = options or ("--standalone",)
-    torch_run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return start_command([*torch_run, *chosen, *arguments], threads=1)
+    torch_run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return start_command([sys.executable, *torch_run, *arguments], threads=1)
 
 
-def in_teams(processes, *runs, options=()):
-    """Trains several runs one after another in one launch; a run is what `TEAM` takes apart."""
-    plain = [(config.to_dict(), *rest) for config, *rest in runs]
-    driver = ["--no-python", sys.executable, "-c", TEAM, json.dumps(plain)]
-    return torchrun(processes, driver, *options)
+def launched(processes, arguments):
+    """A launch of gsa with those arguments; what `torchrun` does, but for the imports."""
+    return Forked(launch, processes, ALONE, gsa, arguments)
+
+
+def in_teams(processes, *runs, options=ALONE):
+    """Trains several runs one after another in one launch: (config, resume, objective, more)."""
+    return Forked(launch, processes, options, train_all, runs)
+
+
+def train_all(runs):
+    """In each process of a launch; objective: a name in `OBJECTIVES`, and more to make it from."""
+    dist.init_process_group("gloo")
+    for config, resume, objective, *more in runs:
+        try:
+            train(config, resume=resume, objective=OBJECTIVES[objective](*more))
+        except RunError as error:
+            print(f"process {dist.get_rank()} ends: {error}", flush=True)
+        limit_files(resource.RLIM_INFINITY)
+    dist.destroy_process_group()
+
+
+def distill_all(configs):
+    """In each process of a launch."""
+    dist.init_process_group("gloo")
+    for config in configs:
+        try:
+            distill(config, say=print)
+        except (ValueError, RunError) as error:
+            print("ends:", error)
+    dist.destroy_process_group()
 
 
 def succeeded(process):
@@ -100,7 +118,7 @@ def command_of(config, recipe="tiny"):
     for name, value in config.to_dict().items():
         if isinstance(value, str | float | int) and not isinstance(value, bool):
             options += [f"--{name.replace('_', '-')}={value}"]
-    return ["-m", "gsa", "train", recipe, *options]
+    return ["train", recipe, *options]
 
 
 def children(process):
@@ -161,7 +179,7 @@ def stopped_at(call):
 
 
 def is_second():
-    return torch.distributed.get_rank() == 1
+    return dist.get_rank() == 1
 
 
 def never_finite():
@@ -181,10 +199,17 @@ def infinite_at(step):
     return objective
 
 
-def limit_files(size):
-    """What writes more into a file than that finds the disk full."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+def full_disk_from(step):
+    """An objective that leaves its process no room from then on."""
+    calls = []
+
+    def objective(model, batch):
+        calls.extend([batch] if model.training else [])
+        if len(calls) == step:
+            limit_files(100_000)
+        return next_token(model, batch)
+
+    return objective
 
 
 def full_disk_at(step, saved):
@@ -207,7 +232,7 @@ def recorded(folder):
 
     def objective(model, batch):
         if model.training:
-            with (Path(folder) / f"tokens-{torch.distributed.get_rank()}").open("a") as file:
+            with (Path(folder) / f"tokens-{dist.get_rank()}").open("a") as file:
                 print(*batch.input_ids[0].tolist(), file=file)
         return next_token(model, batch)
 
@@ -219,6 +244,7 @@ OBJECTIVES = {
     "stopped at": lambda call: stopped_at(call) if is_second() else next_token,
     "never finite": never_finite,
     "infinite at": infinite_at,
+    "full disk from step 7": lambda: full_disk_from(7),
     "full disk at": full_disk_at,
     "recorded": recorded,
 }

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from forks import Forked, gsa
 from safetensors.torch import load_file, save_file
 from teachers import SIZES, build_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -237,14 +238,10 @@ def test_a_folder_in_use_is_left_alone_and_an_empty_one_is_taken(save, tmp_path,
 def test_a_failure_while_writing_leaves_nothing(save, tmp_path):
     """A limit on file sizes stands in for a full disk: both fail in the middle of a file."""
     folder, _ = save(shard="1GB")
-    program = (
-        "import resource, sys; from gsa.cli import main;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000));"
-        f"sys.exit(main(['convert', {str(folder)!r}, '--out', {str(tmp_path / 'out')!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "could not be written (" in done.stderr and "it is as it was before" in done.stderr
+    converting = Forked(gsa, ["convert", str(folder), "--out", str(tmp_path / "out")], 30_000)
+    _, errors = converting.communicate()
+    assert converting.returncode == 2, errors
+    assert "could not be written (" in errors and "it is as it was before" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["teacher"]
 
 

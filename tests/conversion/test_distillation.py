@@ -5,16 +5,16 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from forks import Forked, gsa
 from safetensors.torch import load_file
 from teachers import LESSON, ROW
 from torch.nn import functional as F
+from training_runs import succeeded
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gsa.cli import main
@@ -277,13 +277,13 @@ def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(T)]
     options += ["--rows", "4", "--checkpoint-interval", "10", "--recall-texts", "0"]
-    return [sys.executable, "-m", "gsa", "distill", config.student, *options]
+    return ["distill", config.student, *options]
 
 
 def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path):
     whole = distill(make_config(out=str(tmp_path / "whole"), tokens=75 * 4 * T))
     config = make_config(tokens=75 * 4 * T)
-    running = subprocess.Popen(command_of(config), stdout=subprocess.DEVNULL)
+    running = Forked(gsa, command_of(config))
     place = tmp_path / "run" / "2-kl" / "checkpoints" / "step-00000010"
     try:
         while not place.is_dir():
@@ -291,10 +291,11 @@ def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path
             time.sleep(0.02)
     finally:
         running.kill()
-    assert running.wait() == -signal.SIGKILL
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL
     assert not (tmp_path / "run" / "3-ce").exists()
-    done = subprocess.run(command_of(config), check=True, capture_output=True, text=True)
-    assert "finished" in done.stdout and "perplexity" in done.stdout
+    said = succeeded(Forked(gsa, command_of(config)))
+    assert "finished" in said and "perplexity" in said
     a, b = (load_file(f / "model.safetensors") for f in (whole.model, tmp_path / "run" / "3-ce"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

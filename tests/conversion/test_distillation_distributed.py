@@ -1,30 +1,17 @@
 """gsa distill in several processes that torchrun starts: as in one, but for rounding."""
 
 import json
-import sys
 import time
 
 import pytest
 import torch
+from forks import ALONE, Forked, launch
 from safetensors.torch import load_file
 from teachers import ROW
-from training_runs import kill_all, losses, one_thread, succeeded, torchrun
+from training_runs import distill_all, kill_all, launched, losses, one_thread, succeeded
 
 from gsa.conversion import distill
 
-DRIVER = """
-import json, sys
-import torch.distributed as dist
-from gsa.conversion import DistillConfig, distill
-from gsa.training import RunError
-dist.init_process_group("gloo")
-for settings in json.loads(sys.argv[1]):
-    try:
-        distill(DistillConfig(**settings), say=print)
-    except (ValueError, RunError) as error:
-        print("ends:", error)
-dist.destroy_process_group()
-"""
 STAGES = ("1-align", "2-kl", "3-ce")
 
 
@@ -34,20 +21,15 @@ def _one_thread():
         yield
 
 
-def settings_of(config):
-    return {**config.__dict__, "recall_distances": list(config.recall_distances)}
-
-
 def in_two(*configs):
-    driver = ["--no-python", sys.executable, "-c", DRIVER]
-    return torchrun(2, [*driver, json.dumps([settings_of(config) for config in configs])])
+    return Forked(launch, 2, ALONE, distill_all, configs)
 
 
 def command_of(config):
     options = ["--data", config.data, "--validation", config.validation, "--out", config.out]
     options += ["--preset", "smoke", "--tokens", str(config.tokens), "--seq-len", str(ROW)]
     options += ["--rows", "4", "--checkpoint-interval", "10", "--recall-texts", "4"]
-    return ["-m", "gsa", "distill", config.student, *options, "--recall-distances", "48"]
+    return ["distill", config.student, *options, "--recall-distances", "48"]
 
 
 def assert_close(folder, other, numbers, rel):
@@ -100,7 +82,7 @@ def test_two_processes_distill_as_one(make_config, tmp_path):
 @pytest.mark.slow
 def test_two_killed_go_on_bit_for_bit(make_config, tmp_path):
     whole, config = (make_config(out=str(tmp_path / n)) for n in ("whole", "run"))
-    running = torchrun(2, command_of(config))
+    running = launched(2, command_of(config))
     place = tmp_path / "run" / "2-kl" / "checkpoints" / "step-00000010"
     while not place.is_dir():
         assert running.poll() is None, running.communicate()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forked, gsa
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -31,12 +32,12 @@ def config(text, out, **options):
     return PrepareConfig(inputs=(str(text),), out=str(out), **options)
 
 
-def script(text, out, before=""):
+def script(text, out):
     """Python that prepares `text` with overwrite, in a process of its own."""
     return [
         sys.executable,
         "-c",
-        f"{before}\nfrom gsa.data import PrepareConfig, prepare\n"
+        "from gsa.data import PrepareConfig, prepare\n"
         f"prepare(PrepareConfig(inputs=({str(text)!r},), out={str(out)!r}, overwrite=True))",
     ]
 
@@ -86,19 +87,16 @@ def test_the_byte_tokenizer_by_name_and_by_folder_agree(text, tmp_path):
     assert (np.asarray(by_folder.tokens) == by_folder.eos_id).sum() == 3
 
 
-def test_tokens_wider_than_sixteen_bits(text, tmp_path, word_tokenizer):
-    fast, folder = word_tokenizer
-    fast.add_tokens([f"<extra{i}>" for i in range(1 << 16)])
-    fast.save_pretrained(folder)
-    shards = prepare(config(text, tmp_path / "out", tokenizer=str(folder)))
+def test_tokens_wider_than_sixteen_bits(text, tmp_path):
+    words = {f"word{i}": i for i in range((1 << 16) + 1)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0", eos_token="word1")
+    fast.save_pretrained(tmp_path / "words")
+    (text / "a.txt").write_text("word65536 word65535")
+    shards = prepare(config(text, tmp_path / "out", tokenizer=str(tmp_path / "words")))
     assert shards.tokens.dtype == np.dtype("<u4")
-    (text / "a.txt").write_text("<extra65535>")
-    shards = prepare(config(text, tmp_path / "out2", tokenizer=str(folder)))
-    assert shards.document(0).tolist() == [
-        fast.convert_tokens_to_ids("<extra65535>"),
-        shards.eos_id,
-    ]
-    assert shards.tokens[0] > 1 << 16
+    assert shards.document(0).tolist() == [1 << 16, (1 << 16) - 1, shards.eos_id]
 
 
 def test_a_tokenizer_without_eos_or_without_files_is_refused(text, tmp_path, word_tokenizer):
@@ -167,17 +165,15 @@ def test_full_disk_keeps_the_earlier_shards(text, tmp_path):
     before = prepare(config(text, out))
     (text / "a.txt").write_text("x" * 300_000)
     # Files may grow to 100 KB: enough for the tokenizer, not for 600 KB of tokens.
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
-    done = subprocess.run(
-        script(text, out, limit), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert f"cannot write {out}: File too large; it is left as it was" in done.stderr
+    command = ["data", "prepare", str(text), "--out", str(out), "--overwrite"]
+    preparing = Forked(gsa, command, 100_000)
+    _, errors = preparing.communicate()
+    assert preparing.returncode == 2
+    assert f"cannot write {out}: File too large; it is left as it was" in errors
     assert TokenShards(out).fingerprint == before.fingerprint
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text"]
     out.rename(tmp_path / "aside")
-    done = subprocess.run(script(text, out, limit), cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == 1
+    assert Forked(gsa, command, 100_000).wait() == 2
     assert not out.exists()
 
 

@@ -1,14 +1,12 @@
 """A state is a file: what goes on from it, in another process too, goes on as without it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forks import Forked
 from safetensors.torch import load_file, save_file
-from tiny_models import build_tiny
+from tiny_models import VARIANTS, build_tiny, write_on
 
 from gsa.generation import Decoder, ModelState, Sampling
 from gsa.generation.state import checksum, fingerprint
@@ -17,35 +15,16 @@ from gsa.model import GSAForCausalLM
 
 SAMPLING = Sampling(temperature=1.3, repetition_penalty=1.2, max_new_tokens=20, seed=5)
 
-CONTINUE = """
-import json, sys
-sys.path.insert(0, "tests")
-import torch
-from tiny_models import VARIANTS, build_tiny
-from gsa.generation import Decoder, ModelState, Sampling
-sampling = Sampling(temperature=1.3, repetition_penalty=1.2, max_new_tokens=20, seed=5)
-texts = {}
-for name, variant in VARIANTS.items():
-    decoder = Decoder(build_tiny(**variant))
-    state = ModelState.load(f"{sys.argv[1]}/{name}.safetensors")
-    texts[name] = list(decoder.write(state, sampling))
-print(json.dumps(texts))
-"""
-
 
 def test_prefill_save_load_in_another_process_continue(tmp_path, prompts):
-    from tiny_models import VARIANTS
-
     expected = {}
     for name, variant in VARIANTS.items():
         decoder = Decoder(build_tiny(**variant))
         state = decoder.prefill(prompts(9)[8] * 3)
         state.save(tmp_path / f"{name}.safetensors")
         expected[name] = list(decoder.write(state, SAMPLING))
-    command = [sys.executable, "-c", CONTINUE, str(tmp_path)]
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == expected
+    texts, errors = Forked(write_on, tmp_path, SAMPLING).communicate()
+    assert json.loads(texts) == expected, errors
     assert len({token for text in expected.values() for token in text}) > 10
 
 

@@ -12,7 +12,7 @@ WIDTH = {"H": 2, "G": 2, "K": 32, "V": 32, "M": 32, "dtype": torch.float32}
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every storage that Python can see, by address."""
+    """Bytes of every storage that tests have made and Python can see, by address."""
     gc.collect()
     alive = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}

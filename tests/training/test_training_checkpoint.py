@@ -86,29 +86,9 @@ def test_half_written_is_passed_over_and_refused_by_name(three_kept, capsys):
             train(three_kept, resume=str(folder / name))
 
 
-DISK_FULL = """
-import json, resource, sys
-from gsa.training import TrainConfig, RunError, train
-from gsa.training.objective import next_token
-
-calls = 0
-def full_from_step_7(model, batch):
-    global calls
-    calls += model.training
-    if calls == 7:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    return next_token(model, batch)
-
-try:
-    train(TrainConfig(**json.loads(sys.argv[1])), objective=full_from_step_7)
-except RunError as error:
-    sys.exit(str(error))
-"""
-
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(make_config, tmp_path):
     config = make_config()
-    process = start(config, DISK_FULL)
+    process = start(config, "full disk from step 7")
     _, message = process.communicate()
     assert process.returncode == 1
     assert "step-00000010: the checkpoint could not be saved" in message
@@ -121,18 +101,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(make_config, tmp_path):
     assert_same_run(config.out, whole.out)
 
 
-DISK_FULL_AT_EXPORT = """
-import json, resource, sys
-from gsa.training import TrainConfig, RunError, train
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    train(TrainConfig(**json.loads(sys.argv[1])))
-except RunError as error:
-    sys.exit(str(error))
-"""
-
-
 def test_a_full_disk_at_the_very_end_costs_nothing(make_config, tmp_path):
     config = make_config()
     train(config)
@@ -140,7 +108,7 @@ def test_a_full_disk_at_the_very_end_costs_nothing(make_config, tmp_path):
     shutil.copytree(folder, whole)
     for name in ("report.md", "model.safetensors"):
         (folder / name).unlink()
-    _, message = start(config, DISK_FULL_AT_EXPORT).communicate()
+    _, message = start(config, room=50_000).communicate()
     assert "the final model could not be saved" in message
     assert not (folder / "model.safetensors").exists() and not (folder / "report.md").exists()
     assert not list(folder.glob(".*incomplete"))

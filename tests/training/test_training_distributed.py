@@ -327,7 +327,7 @@ def test_two_gpus_train_as_one(runs, dtype):
     train(runs(f"1-{dtype}-gpu", **settings))
     train(runs(f"1-{dtype}-gpu-halves", **settings, rows=2, accumulation=2))
     two = runs(f"2-{dtype}-gpu", **settings)
-    succeeded(torchrun(2, command_of(two)))
+    succeeded(torchrun(2, ["-m", "gsa", *command_of(two)]))
     if dtype == "fp32":
         assert_close_runs(runs, "2-fp32-gpu", "1-fp32-gpu", "1-fp32-gpu-halves")
     a, b = (losses(runs.at(f"{n}-{dtype}-gpu")) for n in (1, 2))

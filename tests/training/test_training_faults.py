@@ -4,21 +4,21 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forked, gsa
 from training_runs import (
     assert_same_run,
     children,
     command_of,
     damage,
     kill_all,
+    launched,
     losses,
     one_thread,
-    start_command,
     succeeded,
     tensors_of,
     torchrun,
@@ -87,13 +87,13 @@ def test_two_killed_in_a_save_one_killed_alone_then_a_torn_shard(runs, pair, tmp
     """And the run is that which nothing disturbed, bit for bit."""
     config = replace(runs("x"), out=str(tmp_path / "killed"), checkpoint_interval=1)
     command = command_of(config)
-    process = torchrun(2, command)
+    process = launched(2, command)
     wait_for_step(process, config.out, 2)
     wait_for_save(process, config.out)
     kill_all(process)
     assert not (Path(config.out) / "report.md").exists()
 
-    process = torchrun(2, command)
+    process = launched(2, command)
     wait_for_step(process, config.out, 7)
     os.kill(children(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
@@ -103,7 +103,7 @@ def test_two_killed_in_a_save_one_killed_alone_then_a_torn_shard(runs, pair, tmp
     checkpoints = Path(config.out) / "checkpoints"
     newest = max(path for path in checkpoints.iterdir() if path.suffix != ".incomplete")
     damage(newest / "shards" / "shard-00002-model-00001-of-00001.safetensors", "truncated")
-    said = succeeded(torchrun(2, command))
+    said = succeeded(torchrun(2, ["-m", "gsa", *command]))
     assert f"ignoring {newest}/shards" in said and "going on from" in said
     assert_same_run(config.out, runs.at("2-whole"))
     ours, theirs = tensors_of(checkpoints / "step-00000012"), tensors_of(runs.at("2-whole", END))
@@ -122,8 +122,8 @@ def test_killed_ten_times_at_random(runs, tmp_path, processes, capsys):
 
     def launch(config):
         if processes == 1:
-            return start_command([sys.executable, *command_of(config)])
-        return torchrun(processes, command_of(config))
+            return Forked(gsa, command_of(config))
+        return launched(processes, command_of(config))
 
     succeeded(launch(whole))
     rng = random.Random(processes)

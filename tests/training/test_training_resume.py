@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forked, gsa
 from training_runs import assert_same_run, command_of, losses, start, start_command, wait_for_step
 
 from gsa.data import PrepareConfig, prepare
@@ -12,7 +13,7 @@ from gsa.training import RunError, train
 from gsa.training.lock import RunLock
 from gsa.training.objective import next_token
 
-LONG = 150
+LONG = 100
 """Steps enough that a run is still going when it is killed."""
 
 
@@ -28,7 +29,7 @@ def uninterrupted(shard_folders, tmp_path_factory):
         out=str(tmp_path_factory.mktemp("runs") / "whole"),
         steps=LONG,
         checkpoint_interval=9,
-        validation_interval=30,
+        validation_interval=20,
         validation_rows=4,
         accumulation=2,
     )
@@ -38,7 +39,7 @@ def uninterrupted(shard_folders, tmp_path_factory):
 
 def test_killed_and_resumed_is_the_same_run(uninterrupted, tmp_path):
     config = replace(uninterrupted, out=str(tmp_path / "killed"))
-    for step in (30, 70):
+    for step in (20, 45):
         process = start(config)
         wait_for_step(process, config.out, step)
         process.kill()
@@ -55,14 +56,17 @@ def test_killed_and_resumed_is_the_same_run(uninterrupted, tmp_path):
 )
 def test_a_signal_saves_and_exits(uninterrupted, tmp_path, number, code):
     config = replace(uninterrupted, out=str(tmp_path / "stopped"))
-    process = start_command([sys.executable, *command_of(config)])
-    wait_for_step(process, config.out, 30)
+    if number == signal.SIGINT:
+        process = start_command([sys.executable, "-m", "gsa", *command_of(config)])
+    else:
+        process = Forked(gsa, command_of(config))
+    wait_for_step(process, config.out, 20)
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == code, errors
     assert f"{number.name}: saved step" in errors and "Traceback" not in errors
     last = losses(config.out)[-1][1]
-    assert 30 <= last < LONG
+    assert 20 <= last < LONG
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{last:08d}" / "manifest.json").exists()
     if number == signal.SIGTERM:  # what is saved does not depend on who asked
         train(config)

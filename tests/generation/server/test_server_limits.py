@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import httpx
 import openai
@@ -20,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from serving import ROOT, Serving, make_model, serving
+from serving import Serving, make_model, serving
 
 from gsa.cli import main
 from gsa.generation import Decoder, Sampling
@@ -30,6 +31,7 @@ from gsa.generation.server.metrics import Metrics
 from gsa.generation.server.prefixes import Prefixes
 from gsa.generation.text import load
 
+ROOT = Path(__file__).parents[3]
 LONG = dict(model="tiny", prompt="abc", max_tokens=100_000, seed=1)
 KEY = "sk-a-long-secret"
 
