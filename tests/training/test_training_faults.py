@@ -97,7 +97,8 @@ def test_two_killed_in_a_save_one_killed_alone_then_a_torn_shard(runs, pair, tmp
     wait_for_step(process, config.out, 7)
     os.kill(children(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Signal 9" in errors
+    # which of the two is reported depends on which the launcher looks at first
+    assert process.returncode != 0 and ("Signal 9" in errors or "remote worker" in errors)
     assert not (Path(config.out) / "report.md").exists()
 
     checkpoints = Path(config.out) / "checkpoints"

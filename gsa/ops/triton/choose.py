@@ -95,10 +95,10 @@ def choose(logits: Tensor, at: Any, choices: Any, *, shaped: bool, chance: bool,
            penalty: bool) -> None:  # fmt: skip
     """What `Progress.advance` does; at: a `Progress`, choices: `Choices` of as many rows.
 
-    logits: [P, W], dense. shaped: penalty, temperature and cuts have been applied to them.
+    logits: [P, W]. shaped: penalty, temperature and cuts have been applied to them.
     chance, penalty: whether some row asks for it.
     """
-    P, W = logits.shape
+    logits, (P, W) = logits.contiguous(), logits.shape
     BLOCK, chained = min(16384, max(128, power_of_two(W))), chaining(logits.device)
     with torch.cuda.device_of(logits):
         choose_kernel[(P,)](
