@@ -74,8 +74,8 @@ class Decoder:
         rows: P, texts at once.
         capacity: tokens of a text at most, for models with softmax layers without a window; None
             means the config's max_position_embeddings. Others have no limit.
-        compile: whether the step goes through torch.compile, on CUDA devices only: the first step
-            takes long, all others less.
+        compile: whether what kernels of ours do not do of a step goes through torch.compile, on
+            CUDA devices only: the first step takes long, all others less.
 
     Attributes:
         ends: tokens that end a text unless `start` is told others; the model's own.

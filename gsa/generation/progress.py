@@ -56,9 +56,11 @@ class Progress:
         kept = [(x, x.clone()) for x in (self.live, self.asleep, self.places)]
         for x, value in zip((self.live, self.asleep, self.places), (False, True, -1), strict=True):
             x.fill_(value)
-        yield
-        for x, before in kept:
-            x.copy_(before)
+        try:
+            yield
+        finally:
+            for x, before in kept:
+                x.copy_(before)
 
     def compile(self, through: Callable[[Any], Any]) -> None:
         """Sends what torch does of `advance` through a compiler."""

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from gsa.generation.step import joined_biases
-from gsa.generation.thin_block import is_usual, norm_of, rotation_of, takes_thin_blocks
+from gsa.generation.thin_block import (
+    advance_memory,
+    is_usual,
+    norm_of,
+    rotation_of,
+    takes_thin_blocks,
+    turn_of,
+)
 from gsa.layers.mixer import State
 from gsa.layers.mlp import SwiGLU
 from gsa.layers.slot_attention import GatedSlotAttention
@@ -93,10 +100,9 @@ class SkinnyBlock(nn.Module):
     def forward(self, x: Tensor | Unfinished, layout: TokenLayout, state: State) -> Unfinished:
         """One token of each row, [P, 1, D] or what a block returns; writes into `state`."""
         from gsa.ops.triton import skinny_linear as skinny
-        from gsa.ops.triton import step
         from gsa.ops.triton.thin_linear import Weights
 
-        attn, mlp, options, memory = self.attn, self.mlp, self.attn.options, state["memory"]
+        attn, mlp, options = self.attn, self.mlp, self.attn.options
         assert layout.pads is not None
         x, h = skinny.skinny_rows(*begin(x), norm_of(self.attn_norm))
         made = skinny.skinny_inputs(
@@ -104,18 +110,8 @@ class SkinnyBlock(nn.Module):
             options.gate_logit_normalizer, options.feature_map == "swish",
             options.value_activation == "swish",
         )  # fmt: skip
-        heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
-        q, k, v, log_forget = (
-            y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
-        )
-        turn = None
-        if self.frequency is not None:
-            turn = step.Turn(layout.positions, self.frequency, self.factor)
-        read = step.launch(
-            (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
-            options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, self.arrivals,
-            turn,
-        ).flatten(1)  # fmt: skip
+        turn = turn_of(layout, self.frequency, self.factor)
+        read = advance_memory(options, made, state["memory"], self.arrivals, turn)
         if options.output_norm:
             swish = options.output_activation == "swish"
             _, read = skinny.skinny_rows(read, None, norm_of(attn.g_norm), swish=swish)

@@ -74,11 +74,9 @@ class ThinBlock(nn.Module):
 
     def forward(self, x_11D: Tensor, layout: TokenLayout, state: State) -> Tensor:
         """One token [1, 1, D]; writes into the tensors of `state`."""
-        from gsa.ops.triton import step
         from gsa.ops.triton import thin_linear as thin
 
-        attn, mlp, options = self.attn, self.mlp, self.attn.options
-        x, memory = x_11D[:, 0], state["memory"]
+        attn, mlp, options, x = self.attn, self.mlp, self.attn.options, x_11D[:, 0]
         assert layout.pads is not None
         made = thin.thin_inputs(
             x, norm_of(self.attn_norm), layout.pads,
@@ -87,20 +85,10 @@ class ThinBlock(nn.Module):
             options.gate_logit_normalizer, options.feature_map == "swish",
             options.value_activation == "swish",
         )  # fmt: skip
-        heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
-        q, k, v, log_forget = (
-            y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
-        )
-        turn = None
-        if self.frequency is not None:
-            turn = step.Turn(layout.positions, self.frequency, self.factor)
-        read = step.launch(
-            (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
-            options.slot_activation, q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0, self.arrivals,
-            turn,
-        )  # fmt: skip
+        turn = turn_of(layout, self.frequency, self.factor)
+        read = advance_memory(options, made, state["memory"], self.arrivals, turn)
         x = thin.thin_output(
-            read.flatten(1), attn.o_proj.weight, x,
+            read, attn.o_proj.weight, x,
             norm=norm_of(attn.g_norm) if options.output_norm else None,
             swish=options.output_activation == "swish",
         )  # fmt: skip
@@ -136,6 +124,38 @@ def rotation_of(options: SlotAttentionOptions, device: torch.device) -> tuple[Te
         options.key_width, options.rope_theta, options.rope_scaling, device
     )
     return frequency, float((options.rope_scaling or {}).get("attention_factor", 1.0))
+
+
+def turn_of(layout: TokenLayout, frequency: Tensor | None, factor: float) -> Any:
+    """`step.Turn` of the step's tokens; None for a layer that does not rotate."""
+    from gsa.ops.triton.step import Turn
+
+    return None if frequency is None else Turn(layout.positions, frequency, factor)
+
+
+def advance_memory(
+    options: SlotAttentionOptions,
+    made: tuple[Tensor, Tensor, Tensor, Tensor],
+    memory: Tensor,
+    arrivals: Tensor | None,
+    turn: Any,
+) -> Tensor:
+    """What a token of each row reads, [P, H · V]; the memory [P, G, M, K+V] is renewed in place.
+
+    made: q, k, v, log_forget, each [P, heads · width]. arrivals, turn: as `step.launch` has them.
+    """
+    from gsa.ops.triton import step
+
+    heads = (options.num_heads, options.kv_heads, options.kv_heads, options.kv_heads)
+    q, k, v, log_forget = (
+        y[:, None].unflatten(-1, (n, -1)) for y, n in zip(made, heads, strict=True)
+    )
+    aligned = q.shape[3] % 4 == 0 and v.shape[3] % 4 == 0
+    read = step.launch(
+        (q, k, v, log_forget, None), memory, memory, None, options.score_scale,
+        options.slot_activation, aligned, arrivals, turn,
+    )  # fmt: skip
+    return read.flatten(1)
 
 
 def norm_of(norm: RMSNorm) -> Any:
