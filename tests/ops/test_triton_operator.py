@@ -204,8 +204,7 @@ def test_segments_side_by_side_equal_one_after_another(path, monkeypatch):
     )
     cut = check("triton", inputs, cotangents(inputs))["output"]
     assert torch.equal(cut[:, :256], whole[:, :256])
-    found = [x.shape[0] for x in starts if x.device.type != "meta"]
-    assert found == [2, 2], "two segments forwards and backwards"
+    assert {x.shape[0] for x in starts} == {2}, "two segments forwards and backwards"
 
 
 PACKED = {
