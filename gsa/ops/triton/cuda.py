@@ -155,8 +155,9 @@ class Launches:
                     if now[number] != before[number]:
                         replace_address(address, now[number] + offset)
                 self.before = now
+            launch = library().cuLaunchKernel
             for fixed, parameters in self.calls:
-                check(library().cuLaunchKernel(*fixed, stream, parameters, None))
+                check(launch(*fixed, stream, parameters, None))
 
 
 class Address:

@@ -109,13 +109,31 @@ for name, function, fake in (
     torch.library.register_fake(name, fake)
 
 
+def unwatched(*inputs: object) -> bool:
+    """Whether nobody looks at operators as they are called: no tracing, no transform, no mode, no
+    kind of tensor of its own. Then a function is called without the dispatcher, which twice takes
+    as long as all that it is there to find."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Attention(torch.autograd.Function):
     """`triton_forward` with its gradient."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.gsa.triton_forward.default(*inputs)
+        if unwatched(*inputs):
+            outputs = triton_forward(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = torch.ops.gsa.triton_forward.default(*inputs)
         *tensors, scale, slot_activation, _, keep_memories = inputs
         _, memory, kept = outputs
         ctx.set_materialize_grads(False)
@@ -130,9 +148,9 @@ class Attention(torch.autograd.Function):
         inputs = (q, k, v, log_forget, write, initial_memory)
         if d_output is None:
             d_output = q.new_zeros(*q.shape[:3], v.shape[3])
-        gradients = iter(torch.ops.gsa.triton_backward.default(
-            *inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options
-        ))  # fmt: skip
+        given = (*inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options)
+        compute = torch.ops.gsa.triton_backward.default
+        gradients = iter((triton_backward if unwatched(*given) else compute)(*given))
         found = [None if x is None else next(gradients) for x in inputs]
         needed = zip(found, ctx.needs_input_grad, strict=False)
         return *(x if need else None for x, need in needed), None, None, None, None, None
@@ -163,8 +181,10 @@ def triton_attention(
     """`reference_attention` by Triton kernels."""
     floating = (q, k, v, log_forget, write, initial_memory)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floating)
-    output, memory, *_ = torch.ops.gsa.triton_forward.default(
-        q, k, v, log_forget, write, initial_memory, cu_seqlens, float(scale), slot_activation, keep,
-        not recompute,
-    )  # fmt: skip
+    options = (float(scale), slot_activation, keep, not recompute)
+    inputs = (q, k, v, log_forget, write, initial_memory, cu_seqlens, *options)
+    compute = torch.ops.gsa.triton_forward.default
+    if not torch.compiler.is_compiling() and unwatched(*inputs):
+        compute = Attention.apply if keep else triton_forward
+    output, memory, _ = compute(*inputs)
     return SlotAttentionOutput(output, memory)
