@@ -144,7 +144,7 @@ class Launches:
 
     def __call__(self, given: Sequence[Tensor | None]) -> None:
         now = addresses(given)
-        stream = driver.active.get_current_stream(self.index)
+        stream = driver.active.get_current_stream(self.index)  # pyright: ignore[reportAttributeAccessIssue]
         with self.lock:
             if now != self.before:
                 words = self.words

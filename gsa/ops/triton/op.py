@@ -116,7 +116,7 @@ def unwatched(*inputs: object) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
     )
 

@@ -99,7 +99,7 @@ def begin(call: Call) -> tuple[Recorder, Plan, Tensor | None]:
     machine = Recorder(call.device)
     tokens = [machine.input(form) for form in call.tokens]
     initial = machine.input(call.initial)
-    return machine, Plan(*tokens, machine), initial
+    return machine, Plan(*tokens, machine=machine), initial
 
 
 @lru_cache(TAPES)
@@ -139,4 +139,5 @@ def sketch_backward(call: Call, d_output: Form, d_final: Form | None) -> Tape:
 
 
 def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> Form:
-    return form_of(torch.empty(shape, dtype=dtype, device="meta"))
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.shape, x.stride(), dtype

@@ -139,4 +139,4 @@ class KeptRooms(NamedTuple):
             rooms.append(Room(end, shape, dtype) if wanted else None)
             if wanted:  # the next one begins at a multiple of 128 bytes
                 end += (math.prod(shape) * dtype.itemsize + 127) // 128 * 128
-        return KeptRooms(*rooms, end)
+        return KeptRooms(*rooms, bytes=end)
