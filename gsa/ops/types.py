@@ -39,6 +39,6 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast changes nothing inside the operator; the meta device knows no autocast."""
-    if device_type == "meta":
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -167,7 +167,8 @@ def test_scores_become_weights_and_what_kernels_leave_becomes_gradients(case, mo
     """`activate`, `activate_backward` and `gate_gradient`, as they are launched."""
     expanded, written = spy(monkeypatch, "expand"), spy(monkeypatch, "write_back")
     initial, options = case.on_device("initial_memory"), (case.scale, case.slot_activation)
-    _, final, kept = launch.forward(case.plan, initial, *options, True, False)
+    _, kept = launch.new_kept(case.plan, memories=False)
+    _, final = launch.forward(case.plan, initial, *options, kept)
     d = (case.d_output.to(DEVICE), case.d_final.to(DEVICE))
     gradients = launch.backward(case.plan, initial, final, kept, *d, *options)
     (_, _, weight, _), (_, _, d_score, weight_again, *_) = expanded[0][0], written[0][0]
@@ -324,7 +325,8 @@ def test_bounds_that_lie_lead_to_no_access_out_of_bounds(bounds, monkeypatch):
     inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
     initial = inputs.pop("initial_memory")
     plan = Plan(*inputs.values(), None, torch.tensor(bounds, device=DEVICE))
-    output, final, kept = launch.forward(plan, initial, 1.0, "softmax", True, True)
+    _, kept = launch.new_kept(plan, memories=True)
+    output, final = launch.forward(plan, initial, 1.0, "softmax", kept)
     d = (d_output.to(DEVICE), d_final.to(DEVICE))
     launch.backward(plan, initial, final, kept, *d, 1.0, "softmax")
     assert output.shape == d_output.shape

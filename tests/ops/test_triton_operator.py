@@ -20,7 +20,7 @@ from numerics import (
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
 from gsa.ops import SLOT_ACTIVATIONS, gated_slot_attention
-from gsa.ops.triton import launch, plan, sizes
+from gsa.ops.triton import launch, plan, run, sizes
 
 # numpy, in the interpreter, remarks on what overflows on its way to being left out
 pytestmark = [
@@ -41,6 +41,8 @@ def short_segments(monkeypatch, unit=256):
 
 
 def test_hot_sizes_use_descriptors_and_cold_ones_do_not(monkeypatch):
+    run.forward_tape.cache_clear()  # known calls make none
+    run.backward_tape.cache_clear()
     made, descriptor = [], plan.descriptor
     monkeypatch.setattr(plan, "descriptor", lambda *x: made.append(descriptor(*x)) or made[-1])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -198,14 +200,14 @@ def test_segments_side_by_side_equal_one_after_another(path, monkeypatch):
     inputs = make_inputs(T=300, H=1, **path, gate="near_one", memory=1)
     whole = attention(**inputs).output
     short_segments(monkeypatch)
+    run.forward_tape.cache_clear()
     starts, find_starts = [], launch.find_starts
     monkeypatch.setattr(
         launch, "find_starts", lambda *x: starts.append(find_starts(*x)) or starts[-1]
     )
     cut = check("triton", inputs, cotangents(inputs))["output"]
     assert torch.equal(cut[:, :256], whole[:, :256])
-    found = [x.shape[0] for x in starts if x.device.type != "meta"]
-    assert found == [2, 2], "two segments forwards and backwards"
+    assert {x.shape[0] for x in starts} == {2}, "two segments forwards and backwards"
 
 
 PACKED = {

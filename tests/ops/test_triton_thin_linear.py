@@ -116,8 +116,8 @@ def test_output(dtype, D, form):
 def test_tiles_hold_every_column_and_no_program_too_much():
     for N in (1, 100, 2048, 32000):
         for D in (1, 16, 576, 2048, 5632, 14336):
-            for weights in (1, 2):
-                tile = thin_tile(N, D, 2, weights)
+            for weights, parts in ((1, 1), (2, 1), (1, 2)):
+                tile = thin_tile(N, D, 2, weights, parts)
                 assert tile.A + tile.B >= D and tile.A + tile.B < 2 * D + 1
-                assert tile.R == 1 or tile.R * D * 2 * weights <= 16384
+                assert tile.R == 1 or tile.R * D * 2 * weights <= 24576
                 assert 1 <= tile.warps <= 8

@@ -1,4 +1,7 @@
-"""From tensors to kernels: the order of the launches."""
+"""From tensors to kernels: the order of the launches.
+
+Large tensors are made by the plan (`Plan.new`), so that a call can be sketched without memory.
+"""
 
 # Triton's types do not describe what may stand in a kernel or be passed to one.
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
@@ -10,15 +13,12 @@ import torch
 from torch import Tensor
 
 from gsa.ops.triton import activation, gates, read, write
-from gsa.ops.triton.plan import Plan, all_or_none, token_rows, without_memory
-from gsa.ops.triton.program import Jobs, enter_context, may_repeat
+from gsa.ops.triton.plan import Plan, all_or_none, token_rows
+from gsa.ops.triton.sizes import KeptRooms
 from gsa.ops.types import SlotActivation
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Of q, k, v, log_forget, write, initial."""
-
-Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""q, k, v, log_forget, write, cu_seqlens."""
 
 
 class Gates(NamedTuple):
@@ -29,18 +29,20 @@ class Gates(NamedTuple):
     steep: Tensor
 
 
-def prepare(plan: Plan) -> Gates:
-    """Decays of all chunks."""
+def prepare(plan: Plan, gate: Gates | None = None) -> Gates:
+    """Decays of all chunks, in `gate` if it is given."""
     G, M, recipe = plan.G, plan.M, plan.recipe
-    lifted = plan.new(plan.tokens, G, M, dtype=recipe.operand_dtype)
-    fades = plan.new(plan.chunks, G, 2, M)
-    steep = plan.new(plan.chunks, G, dtype=torch.int32)
+    gate = gate or Gates(
+        plan.new(plan.tokens, G, M, dtype=recipe.operand_dtype),
+        plan.new(plan.chunks, G, 2, M),
+        plan.new(plan.chunks, G, dtype=torch.int32),
+    )
     plan.launch(
-        "prepare", gates.prepare_kernel, plan.chunks * G,
-        (plan.log_forget, plan.write, lifted, fades, steep, plan.chunk_owners, plan.bounds, plan.T),
-        lambda: recipe.common | dict(num_warps=recipe.prepare_warps),
+        gates.prepare_kernel, plan.chunks * G,
+        (plan.log_forget, plan.write, *gate, plan.chunk_owners, plan.bounds, plan.T),
+        recipe.common | dict(num_warps=recipe.prepare_warps),
     )  # fmt: skip
-    return Gates(lifted, fades, steep)
+    return gate
 
 
 class Side(NamedTuple):
@@ -56,8 +58,10 @@ class Side(NamedTuple):
 
 
 def find_starts(plan: Plan, gate: Gates, writes: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor],
-                outer: Tensor | None, backward: bool) -> Tensor | None:  # fmt: skip
-    """Memories before (backward: their gradients after) every segment, [units, G, M, X].
+                outer: Tensor | None, backward: bool, local: Tensor | None = None
+                ) -> Tensor | None:  # fmt: skip
+    """Memories before (backward: their gradients after) every segment, [units, G, M, X], in `local`
+    if it is given.
 
     writes: what is written with keys and with values, [tokens, heads, M]. read: keys and values,
     or queries and d output. None where no sequence can have two segments.
@@ -66,7 +70,7 @@ def find_starts(plan: Plan, gate: Gates, writes: tuple[Tensor, Tensor], read: tu
         return None
     G, M, recipe = plan.G, plan.M, plan.recipe
     heads = read[0].shape[2]
-    local = plan.new(plan.units, G, M, plan.X)
+    local = plan.new(plan.units, G, M, plan.X) if local is None else local
     decays = plan.new(plan.units, G, M)
     inputs, tiles, strides, programs = [], [], [], []
     for u, y in zip(writes, read, strict=True):
@@ -81,29 +85,33 @@ def find_starts(plan: Plan, gate: Gates, writes: tuple[Tensor, Tensor], read: tu
         strides.append(stride)
         programs.append(plan.units * G * -(-width // block))
     plan.launch(
-        ("scan", backward), write.scan_kernel, sum(programs),
+        write.scan_kernel, sum(programs),
         (*inputs, plan.log_forget, gate.fades, gate.steep, local, decays, *tiles, plan.unit_owners,
          plan.bounds, plan.T, programs[1], *strides),
-        lambda: recipe.walk_both("scan") | dict(R=heads // G, BACKWARD=backward),
+        recipe.walk_both("scan") | dict(R=heads // G, BACKWARD=backward),
     )  # fmt: skip
     block = 256
     plan.launch(
-        ("combine", backward), write.combine_kernel,
+        write.combine_kernel,
         plan.sequences * G * -(-M * plan.X // block),
         (outer, local, decays, plan.bounds, plan.T),
-        lambda: dict(G=G, M=M, X=plan.X, UNIT=recipe.kind.unit, BLOCK=block, BACKWARD=backward,
+        dict(G=G, M=M, X=plan.X, UNIT=recipe.kind.unit, BLOCK=block, BACKWARD=backward,
                      PACKED=plan.packed, NUMBER=recipe.number),
     )  # fmt: skip
     return local
 
 
-def contract(plan: Plan, gate: Gates, side: Side) -> tuple[Tensor, Tensor]:
-    """(raw, own) of `contract_kernel`, in slices."""
+def contract(plan: Plan, gate: Gates, side: Side,
+             whole: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(raw, own) of `contract_kernel`, in slices. whole: where to put them if there is only one."""
     H, G, M, recipe, width = plan.H, plan.G, plan.M, plan.recipe, side.y.shape[3]
     (x, x_stride), (y, y_stride) = token_rows(side.x), token_rows(side.y)
     block = recipe.tile("contract", width).block
     slices = -(-width // block)
-    raw, own = plan.new(slices, plan.tokens, H, M), plan.new(slices, plan.tokens, H)
+    if whole is not None and slices == 1:
+        raw, own = whole[0][None], whole[1][None]
+    else:
+        raw, own = plan.new(slices, plan.tokens, H, M), plan.new(slices, plan.tokens, H)
     tiles = all_or_none(
         plan.tiles(x, H, width, x_stride, block),
         plan.tiles(y, G, width, y_stride, block),
@@ -111,11 +119,11 @@ def contract(plan: Plan, gate: Gates, side: Side) -> tuple[Tensor, Tensor]:
         plan.tiles(raw, H, M, H * M, recipe.slots, slices),
     )
     plan.launch(
-        ("contract", side.column), read.contract_kernel, plan.units * H * slices,
+        read.contract_kernel, plan.units * H * slices,
         (x, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
          side.final, side.snapshots, raw, own, *tiles, plan.snapshot_tiles(side.snapshots, block),
          plan.unit_owners, plan.bounds, plan.T, plan.B, x_stride, y_stride),
-        lambda: recipe.walk("contract", width, side.column) | dict(FACTOR=recipe.factor),
+        recipe.walk("contract", width, side.column) | dict(FACTOR=recipe.factor),
     )  # fmt: skip
     return raw, own
 
@@ -133,11 +141,11 @@ def expand(plan: Plan, gate: Gates, z: Tensor, side: Side) -> Tensor:
         plan.tiles(out, H, width, H * width, block),
     )
     plan.launch(
-        ("expand", side.column), read.expand_kernel, plan.units * H * -(-width // block),
+        read.expand_kernel, plan.units * H * -(-width // block),
         (z, y, gate.lifted, plan.log_forget, gate.fades, gate.steep, side.initial, side.starts,
          side.final, side.snapshots, out, *tiles, plan.snapshot_tiles(side.snapshots, block),
          plan.unit_owners, plan.bounds, plan.T, y_stride),
-        lambda: recipe.walk("expand", width, side.column),
+        recipe.walk("expand", width, side.column),
     )  # fmt: skip
     return out
 
@@ -169,12 +177,12 @@ def write_back(plan: Plan, gate: Gates, d_score: Tensor, weights: Tensor, keys: 
     lifted_tiles = plan.tiles(gate.lifted, G, M, G * M, recipe.slots)
     d_lifted_tiles = plan.tiles(d_lifted, G, M, G * M, recipe.slots, sum(slices))
     plan.launch(
-        "write_back", write.write_back_kernel, plan.units * G * sum(slices),
+        write.write_back_kernel, plan.units * G * sum(slices),
         (*inputs, *tiles, gate.lifted, plan.log_forget, gate.fades, gate.steep, d_final, ends,
          d_initial, keys.initial, keys.final, d_lifted, crossing, lifted_tiles, d_lifted_tiles,
          plan.unit_owners, plan.bounds, plan.T, plan.B, plan.spans, plan.units * G * slices[1],
          *strides),
-        lambda: recipe.walk_both("write_back") | dict(
+        recipe.walk_both("write_back") | dict(
             H=H, SNAPSHOT=plan.sizes.span, FACTOR=recipe.factor
         ),
     )  # fmt: skip
@@ -193,45 +201,60 @@ def new_snapshots(plan: Plan) -> tuple[Tensor | None, Tensor | None]:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs beside inputs and results."""
+    """What the backward pass needs beside inputs and results: see `KeptRooms`."""
 
-    raw: Tensor | None  # [tokens, H, M]: scores against other tokens, without `grow`
-    own: Tensor | None  # [tokens, H]: q · k of each token; both None without keys
-    gates: Gates
-    starts: Tensor | None  # [units, G, M, X]; None if every sequence is one segment
-    keys: Tensor | None  # [borders, G, M, K], snapshots; None if they are to be made again
-    values: Tensor | None  # [borders, G, M, V]
+    raw: Tensor | None
+    own: Tensor | None
+    gates: Gates | None
+    starts: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
+
+    @staticmethod
+    def within(memory: Tensor, rooms: KeptRooms) -> "Kept":
+        found = [None if room is None else room.of(memory) for room in rooms[:-1]]
+        raw, own, *gate, starts, keys, values = found
+        return Kept(raw, own, Gates(*gate), starts, keys, values)
+
+
+def kept_rooms(plan: Plan, memories: bool) -> KeptRooms:
+    recipe = plan.recipe
+    return KeptRooms.of(plan.sizes, recipe.number_dtype, recipe.operand_dtype, memories)
+
+
+def new_kept(plan: Plan, memories: bool) -> tuple[Tensor, Kept]:
+    """(one piece of memory, what is kept, within it)."""
+    rooms = kept_rooms(plan, memories)
+    memory = plan.new(rooms.bytes, dtype=torch.uint8)
+    return memory, Kept.within(memory, rooms)
 
 
 def forward(plan: Plan, initial: Tensor | None, scale: float, slot_activation: SlotActivation,
-            keep: bool, keep_memories: bool) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
-    """(output, final memory, what to keep)."""
+            kept: Kept | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output, final memory). kept: where to put what the backward pass needs, if it follows."""
     recipe = plan.recipe
-    gate = prepare(plan)
-    starts = find_starts(plan, gate, (gate.lifted, gate.lifted), (plan.k, plan.v), initial, False)
+    keep = kept or Kept(None, None, None, None, None, None)
+    gate = prepare(plan, keep.gates)
+    starts = find_starts(
+        plan, gate, (gate.lifted, gate.lifted), (plan.k, plan.v), initial, False, keep.starts
+    )
     final = plan.new(plan.sequences, plan.G, plan.M, plan.X, dtype=torch.float32)
-    shots = new_snapshots(plan) if keep and keep_memories else (None, None)
-    keys = Side(plan.q, plan.k, 0, initial, starts, final, shots[0])
-    values = Side(plan.q, plan.v, plan.K, initial, starts, final, shots[1])
-    raw, own = contract(plan, gate, keys) if plan.K else (plan.q.contiguous(), None)
+    keys = Side(plan.q, plan.k, 0, initial, starts, final, keep.keys)
+    values = Side(plan.q, plan.v, plan.K, initial, starts, final, keep.values)
+    raw, own = plan.q.contiguous(), None  # without keys: the scores are the queries
+    if plan.K:
+        whole = None if kept is None else (kept.raw, kept.own)
+        raw, own = contract(plan, gate, keys, whole)
     slices = raw.shape[0] if plan.K else 1
     weights = plan.new(plan.tokens, plan.H, plan.M, dtype=recipe.operand_dtype)
-    kept_raw, kept_own = None, None
-    if keep and slices > 1:
-        kept_raw, kept_own = plan.new(plan.tokens, plan.H, plan.M), plan.new(plan.tokens, plan.H)
+    sums = (keep.raw, keep.own) if slices > 1 else (None, None)  # one slice is its own sum
     plan.launch(
-        ("activate", slot_activation), activation.activate_kernel, plan.chunks * plan.G,
-        (raw, own, plan.log_forget, plan.write, gate.steep, weights, kept_raw, kept_own,
-         plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
-        lambda: activation_constants(plan, slices, slot_activation),
+        activation.activate_kernel, plan.chunks * plan.G,
+        (raw, own, plan.log_forget, plan.write, gate.steep, weights, *sums, plan.chunk_owners,
+         plan.bounds, plan.T, plan.tokens, scale),
+        activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
-    if keep and slices == 1 and own is not None:  # one slice is its own sum
-        kept_raw, kept_own = raw[0], own[0]
-    del raw, own
-    output = expand(plan, gate, weights, values)
-    if not keep:
-        return output, final, None
-    return output, final, Kept(kept_raw, kept_own, gate, starts, *shots)
+    return expand(plan, gate, weights, values), final
 
 
 def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_output: Tensor,
@@ -239,8 +262,8 @@ def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_ou
              ) -> Gradients:  # fmt: skip
     """Gradients by walks from the end, and what they need of the forward pass made again."""
     recipe = plan.recipe
-    gate = kept.gates
-    again = kept.keys is None
+    gate, again = kept.gates, kept.keys is None
+    assert gate is not None
     shots = new_snapshots(plan) if again else (kept.keys, kept.values)
     keys = Side(plan.q, plan.k, 0, initial, kept.starts, None, shots[0] if again else None)
     values = Side(d_output, plan.v, plan.K, initial, kept.starts, None, shots[1] if again else None)
@@ -251,36 +274,35 @@ def backward(plan: Plan, initial: Tensor | None, final: Tensor, kept: Kept, d_ou
         for heads in (plan.H, plan.G)
     )
     if plan.K:
-        queries, kept_raw, kept_own, d_score = plan.q, kept.raw, kept.own, torch.empty_like(weights)
+        queries, kept_raw, kept_own, d_score = plan.q, kept.raw, kept.own, plan.new_like(weights)
     else:  # the scores are the queries
         queries, kept_raw, kept_own = plan.q[..., :0], plan.q.contiguous(), None
-        d_score = torch.empty_like(kept_raw)
+        d_score = plan.new_like(kept_raw)
     read_terms = plan.new(plan.tokens, plan.G, plan.M)
     plan.launch(
-        ("activate_backward", slot_activation), activation.activate_backward_kernel,
+        activation.activate_backward_kernel,
         plan.chunks * plan.G,
         (raw, own, kept_raw, kept_own, plan.log_forget, plan.write, gate.steep, weights, d_score,
          read_terms, own_terms, plan.chunk_owners, plan.bounds, plan.T, plan.tokens, scale),
-        lambda: activation_constants(plan, slices, slot_activation),
+        activation_constants(plan, slices, slot_activation),
     )  # fmt: skip
-    del raw, own
     d_q = expand(plan, gate, d_score, keys) if plan.K else d_score
     ends = find_starts(plan, gate, (d_score, weights), (queries, d_output), d_final, True)
-    d_initial = None if initial is None else torch.empty_like(final)
+    d_initial = None if initial is None else plan.new_like(final)
     d_k, d_v, d_lifted, crossing = write_back(
         plan, gate, d_score, weights, keys._replace(snapshots=shots[0], final=final),
         values._replace(snapshots=shots[1]), d_final, ends, d_initial,
     )  # fmt: skip
-    d_log_forget = torch.empty_like(plan.log_forget)
-    d_write = None if plan.write is None else torch.empty_like(plan.write)
+    d_log_forget = plan.new_like(plan.log_forget)
+    d_write = None if plan.write is None else plan.new_like(plan.write)
     block, slices = min(recipe.slots, 32), d_lifted.shape[0]
     plan.launch(
-        "gate_gradient", gates.gate_gradient_kernel,
+        gates.gate_gradient_kernel,
         plan.spans * plan.G * -(-plan.M // block),
         (plan.log_forget, plan.write, gate.lifted, gate.steep, d_lifted, read_terms, own_terms,
          crossing, d_log_forget, d_write, plan.span_owners, plan.bounds, plan.T, plan.tokens,
          plan.spans),
-        lambda: gate_gradient_constants(plan, block, slices),
+        gate_gradient_constants(plan, block, slices),
     )  # fmt: skip
     return d_q, d_k, d_v, d_log_forget, d_write, d_initial
 
@@ -293,45 +315,3 @@ def activation_constants(plan: Plan, slices: int, slot_activation: str) -> dict[
 def gate_gradient_constants(plan: Plan, block: int, slices: int) -> dict[str, object]:
     shared = {name: x for name, x in plan.recipe.common.items() if name != "M_PAD"}
     return shared | dict(SPAN=plan.sizes.span, M_BLOCK=block, SLICES=slices, num_warps=4)
-
-
-def run_forward(tokens: Tokens, initial: Tensor | None, scale: float,
-                slot_activation: SlotActivation, keep: bool, keep_memories: bool
-                ) -> tuple[Tensor, Tensor, Kept | None]:  # fmt: skip
-    """`forward`. The first call of a kind compiles its kernels, and those of `backward` if that is
-    to follow, side by side."""
-    plan = Plan(*tokens)
-    enter_context(plan.q.device)
-    if may_repeat(*tokens, initial):
-        programs = plan.recipe.programs
-        kind = (initial is None, slot_activation, keep, keep_memories, plan.sizes.segmented)
-        if kind not in programs.begun:
-            programs.begun.add(kind)
-            compile_ahead(plan, initial, slot_activation, keep, keep_memories)
-        plan.launch = programs.launch
-    return forward(plan, initial, scale, slot_activation, keep, keep_memories)
-
-
-def compile_ahead(plan: Plan, initial: Tensor | None, slot_activation: SlotActivation, keep: bool,
-                  keep_memories: bool) -> None:  # fmt: skip
-    """Compiles what a call is going to launch; backwards with a gradient of the output alone."""
-    jobs = Jobs()
-    initial = without_memory(initial)
-    sketch = plan.sketch(jobs.launch)
-    output, final, kept = forward(sketch, initial, 1.0, slot_activation, keep, keep_memories)
-    if kept is not None:
-        later = plan.sketch(jobs.launch)
-        backward(later, initial, final, kept, output, None, 1.0, slot_activation)
-    jobs.compile(plan.q.device)
-
-
-def run_backward(tokens: Tokens, initial: Tensor | None, final: Tensor, kept: Kept,
-                 d_output: Tensor, d_final: Tensor | None, scale: float,
-                 slot_activation: SlotActivation) -> Gradients:  # fmt: skip
-    """`backward`."""
-    plan = Plan(*tokens)
-    enter_context(plan.q.device)
-    saved = (*kept[:2], *kept.gates, *kept[3:])  # through hooks that may have moved them
-    if may_repeat(*tokens, initial, final, *saved, d_output, d_final):
-        plan.launch = plan.recipe.programs.launch
-    return backward(plan, initial, final, kept, d_output, d_final, scale, slot_activation)

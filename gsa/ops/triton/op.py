@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import infer_schema
 
-from gsa.ops.triton.sizes import Sizes, number_dtype
+from gsa.ops.triton.sizes import KeptRooms, Sizes, number_dtype
 from gsa.ops.types import SlotActivation, SlotAttentionOutput
 
 MAX_SLOTS = 256
@@ -39,23 +39,16 @@ def triton_forward(
     slot_activation: str,
     keep: bool,
     keep_memories: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # fmt: skip
-    """(output, final memory), then what the backward pass needs, empty where it is not kept:
-    raw, own, lifted, fades, steep, starts, keys, values of `Kept` in `launch.py`."""
-    from gsa.ops.triton import launch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, final memory, what the backward pass needs: `KeptRooms`, empty without `keep`)."""
+    from gsa.ops.triton import run
 
-    if initial_memory is not None:
-        initial_memory = initial_memory.contiguous()
+    options = (scale, cast(SlotActivation, slot_activation), keep, keep_memories)
     with torch.cuda.device_of(q):
-        output, memory, kept = launch.run_forward(
-            (q, k, v, log_forget, write, cu_seqlens), initial_memory, scale,
-            cast(SlotActivation, slot_activation), keep, keep_memories,
-        )  # fmt: skip
-    parts = (None,) * 8 if kept is None else (*kept[:2], *kept.gates, *kept[3:])
-    filled = (q.new_empty(0) if part is None else part for part in parts)
-    return output, memory, *filled  # pyright: ignore[reportReturnType]
+        tokens = (q, k, v, log_forget, write, cu_seqlens)
+        found = run.run_forward(tokens, initial_memory, *options)
+    output, memory = found[:2]
+    return output, memory, found[2] if keep else q.new_empty(0, dtype=torch.uint8)
 
 
 def triton_forward_fake(
@@ -65,24 +58,11 @@ def triton_forward_fake(
     from gsa.ops.triton.plan import operand_dtype
 
     n = Sizes.of(q, k, v, log_forget, cu_seqlens)
-    operand, number = operand_dtype(q.dtype), number_dtype(q.dtype)
-
-    def empty(*shape: int, dtype: torch.dtype = number, wanted: bool = True) -> Tensor:
-        return q.new_empty(shape, dtype=dtype) if wanted else q.new_empty(0)
-
-    chunks = n.spans(n.chunk)
-    shots = keep and keep_memories and n.borders > 0
+    rooms = KeptRooms.of(n, number_dtype(q.dtype), operand_dtype(q.dtype), keep_memories)
     return (
         q.new_empty(n.B, n.T, n.H, n.V),
-        empty(n.S, n.G, n.M, n.X, dtype=torch.float32),
-        empty(n.tokens, n.H, n.M, wanted=keep and n.K > 0),
-        empty(n.tokens, n.H, wanted=keep and n.K > 0),
-        empty(n.tokens, n.G, n.M, dtype=operand, wanted=keep),
-        empty(chunks, n.G, 2, n.M, wanted=keep),
-        empty(chunks, n.G, dtype=torch.int32, wanted=keep),
-        empty(n.spans(n.unit), n.G, n.M, n.X, wanted=keep and n.segmented),
-        empty(n.borders, n.G, n.M, n.K, dtype=operand, wanted=shots),
-        empty(n.borders, n.G, n.M, n.V, dtype=operand, wanted=shots),
+        q.new_empty(n.S, n.G, n.M, n.X, dtype=torch.float32),
+        q.new_empty(rooms.bytes if keep else 0, dtype=torch.uint8),
     )
 
 
@@ -95,41 +75,28 @@ def triton_backward(
     initial_memory: Tensor | None,
     cu_seqlens: Tensor | None,
     memory: Tensor,
-    kept: list[Tensor],
+    kept: Tensor,
     d_output: Tensor,
     d_memory: Tensor | None,
     scale: float,
     slot_activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (q, k, v, log_forget, write, initial_memory); empty for what is not given."""
-    from gsa.ops.triton import launch
+    keep_memories: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, v, log_forget, and of write and the initial memory if they are given."""
+    from gsa.ops.triton import run
 
-    raw, own, lifted, fades, steep, *rest = kept
-    starts, keys, values = (x if x.numel() else None for x in rest)
-    raw, own = (raw, own) if k.shape[3] else (None, None)
-    gates = launch.Gates(lifted, fades, steep)
+    options = (scale, cast(SlotActivation, slot_activation), keep_memories)
     with torch.cuda.device_of(q):
-        gradients = launch.run_backward(
-            (q, k, v, log_forget, write, cu_seqlens),
-            None if initial_memory is None else initial_memory.contiguous(),
-            memory.contiguous(),
-            launch.Kept(raw, own, gates, starts, keys, values),
-            d_output,
-            None if d_memory is None else d_memory.contiguous(),
-            scale,
-            cast(SlotActivation, slot_activation),
-        )
-    filled = (q.new_empty(0) if x is None else x for x in gradients)
-    return tuple(filled)  # pyright: ignore[reportReturnType]
+        tokens = (q, k, v, log_forget, write, cu_seqlens)
+        return run.run_backward(tokens, initial_memory, memory, kept, d_output, d_memory, *options)
 
 
 def triton_backward_fake(
     q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, kept, d_output, d_memory, scale,
-    slot_activation,
+    slot_activation, keep_memories,
 ):  # fmt: skip
     given = (q, k, v, log_forget, write, initial_memory)
-    gradients = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
-    return tuple(gradients)
+    return [x.new_empty(x.shape) for x in given if x is not None]
 
 
 for name, function, fake in (
@@ -142,33 +109,51 @@ for name, function, fake in (
     torch.library.register_fake(name, fake)
 
 
+def unwatched(*inputs: object) -> bool:
+    """Whether nobody looks at operators as they are called: no tracing, no transform, no mode, no
+    kind of tensor of its own. Then a function is called without the dispatcher, which twice takes
+    as long as all that it is there to find."""
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
+    )
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class Attention(torch.autograd.Function):
     """`triton_forward` with its gradient."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.gsa.triton_forward.default(*inputs)
-        *tensors, scale, slot_activation, _, _ = inputs
-        _, memory, *kept = outputs
+        if unwatched(*inputs):
+            outputs = triton_forward(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = torch.ops.gsa.triton_forward.default(*inputs)
+        *tensors, scale, slot_activation, _, keep_memories = inputs
+        _, memory, kept = outputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*kept)
-        ctx.save_for_backward(*tensors, memory, *kept)
-        ctx.options = (scale, slot_activation)
+        ctx.mark_non_differentiable(kept)
+        ctx.save_for_backward(*tensors, memory, kept)
+        ctx.options = (scale, slot_activation, keep_memories)
         return outputs
 
     @staticmethod
-    def backward(ctx, d_output, d_memory, *_):
-        q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, *kept = ctx.saved_tensors
+    def backward(ctx, d_output, d_memory, _):
+        q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, kept = ctx.saved_tensors
         inputs = (q, k, v, log_forget, write, initial_memory)
         if d_output is None:
             d_output = q.new_zeros(*q.shape[:3], v.shape[3])
-        gradients = torch.ops.gsa.triton_backward.default(
-            *inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options
-        )
-        needed = zip(gradients, ctx.needs_input_grad, strict=False)
-        found = (gradient if need else None for gradient, need in needed)
-        return *found, None, None, None, None, None
+        given = (*inputs, cu_seqlens, memory, kept, d_output, d_memory, *ctx.options)
+        compute = torch.ops.gsa.triton_backward.default
+        gradients = iter((triton_backward if unwatched(*given) else compute)(*given))
+        found = [None if x is None else next(gradients) for x in inputs]
+        needed = zip(found, ctx.needs_input_grad, strict=False)
+        return *(x if need else None for x, need in needed), None, None, None, None, None
 
 
 def forward_and_remember(*inputs):
@@ -196,8 +181,10 @@ def triton_attention(
     """`reference_attention` by Triton kernels."""
     floating = (q, k, v, log_forget, write, initial_memory)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floating)
-    output, memory, *_ = torch.ops.gsa.triton_forward.default(
-        q, k, v, log_forget, write, initial_memory, cu_seqlens, float(scale), slot_activation, keep,
-        not recompute,
-    )  # fmt: skip
+    options = (float(scale), slot_activation, keep, not recompute)
+    inputs = (q, k, v, log_forget, write, initial_memory, cu_seqlens, *options)
+    compute = torch.ops.gsa.triton_forward.default
+    if not torch.compiler.is_compiling() and unwatched(*inputs):
+        compute = Attention.apply if keep else triton_forward
+    output, memory, _ = compute(*inputs)
     return SlotAttentionOutput(output, memory)

@@ -4,8 +4,9 @@
 # pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportReturnType=false
 
+from collections.abc import Hashable
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,8 +15,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gsa.ops.triton import common, table
-from gsa.ops.triton.program import INTERPRETED, Launcher, Programs, launch_any
+from gsa.ops.triton.program import INTERPRETED, Constants, Direct, Machine
 from gsa.ops.triton.sizes import Sizes, number_dtype
+from gsa.ops.triton.steps import CheckedDescriptor
 
 
 def operand_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -105,7 +107,7 @@ class Recipe:
         self.prepare_warps = 8 if dtype == torch.float32 else 4
         # Sums in fp64 spill. Left to itself, ptxas then gives them 64 registers and wrong results.
         self.limits = dict(maxnreg=255) if dtype == torch.float32 else {}
-        self.programs = Programs()
+        self.compiled: set[Hashable] = set()  # kinds of calls whose both passes are compiled
         self.tile = cache(self._tile)
         self.walk = cache(self._walk)
 
@@ -178,11 +180,12 @@ class Plan:
         log_forget: Tensor,
         write: Tensor | None,
         cu_seqlens: Tensor | None,
+        machine: Machine | None = None,
     ):
-        """Gates in one piece; keys, values and queries may keep their strides (`token_rows`)."""
-        self.q, self.k, self.v, self.cu_seqlens = q, k, v, cu_seqlens
-        self.log_forget = log_forget.contiguous()
-        self.write = None if write is None else write.contiguous()
+        """Gates in one piece, and boundaries, on the device; keys, values and queries may keep
+        their strides (`token_rows`). machine: None runs every launch at once."""
+        self.q, self.k, self.v, self.log_forget, self.write = q, k, v, log_forget, write
+        self.machine = Direct(q.device) if machine is None else machine
         n = self.sizes = Sizes.of(q, k, v, log_forget, cu_seqlens)
         self.B, self.T, self.H, self.G, self.K, self.V, self.M = n.B, n.T, n.H, n.G, n.K, n.V, n.M
         self.X, self.tokens, self.sequences, self.packed = n.X, n.tokens, n.S, n.packed
@@ -190,7 +193,7 @@ class Plan:
         dtypes = (x if x is None else x.dtype for x in (log_forget, write, cu_seqlens))
         kind = Kind(
             table.edition(),
-            q.device,
+            self.machine.device,
             q.dtype,
             *dtypes,
             n.H,
@@ -203,33 +206,28 @@ class Plan:
             n.unit,
         )
         self.recipe: Recipe = recipe_of(kind)
-        self.launch: Launcher = launch_any
-        if not self.packed:  # not looked at, and quicker than cached properties
-            self.bounds = self.unit_owners = self.chunk_owners = self.span_owners = q
-
-    def sketch(self, launch: Launcher) -> "Plan":
-        """The same call without memory: tensors on the meta device, for `launch` to look at."""
-        tokens = (self.q, self.k, self.v, self.log_forget, self.write, self.cu_seqlens)
-        found = Plan(*(without_memory(x) for x in tokens))
-        found.recipe, found.launch = self.recipe, launch
-        return found
+        self.bounds = q if cu_seqlens is None else cu_seqlens
+        if not self.packed:  # not looked at
+            self.unit_owners = self.chunk_owners = self.span_owners = q
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Uninitialised, in the dtype of sums if none is given."""
-        return torch.empty(shape, dtype=dtype or self.recipe.number_dtype, device=self.q.device)
+        return self.machine.new(shape, dtype or self.recipe.number_dtype)
 
-    @cached_property
-    def bounds(self) -> Tensor:
-        assert self.cu_seqlens is not None
-        return self.cu_seqlens.to(self.q.device, non_blocking=True).contiguous()
+    def new_like(self, x: Tensor) -> Tensor:
+        return self.machine.new(tuple(x.shape), x.dtype)
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[object, ...], constants: Constants
+    ) -> None:
+        self.machine.launch(kernel, programs, arguments, constants)
 
     def owners(self, length: int) -> Tensor:
         count, block = self.sizes.spans(length), 128
         owners = self.new(count, dtype=torch.int32)
         self.launch(
-            ("plan", length), common.plan_kernel, -(-count // block),
-            (owners, self.bounds, self.sequences, count),
-            lambda: dict(LENGTH=length, BLOCK=block),
+            common.plan_kernel, -(-count // block),
+            (owners, self.bounds, self.sequences, count), dict(LENGTH=length, BLOCK=block),
         )  # fmt: skip
         return owners
 
@@ -261,12 +259,6 @@ class Plan:
         return descriptor(snapshots, shape, strides, (self.recipe.slots, block))
 
 
-def without_memory(x: Tensor | None) -> Tensor | None:
-    return None if x is None else torch.empty_strided(
-        x.shape, x.stride(), dtype=x.dtype, device="meta"
-    )  # fmt: skip
-
-
 def token_rows(x: Tensor) -> tuple[Tensor, int]:
     """(x with [heads, width] together and rows evenly apart, elements from row to row)."""
     B, T, heads, width = x.shape
@@ -280,13 +272,6 @@ def token_rows(x: Tensor) -> tuple[Tensor, int]:
     return x, step
 
 
-class CheckedDescriptor(TensorDescriptor):
-    """A descriptor that `descriptor` has looked at, which Triton need not do again."""
-
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block: list[int]):
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block
-
-
 def descriptor(x: Tensor, shape: tuple[int, int, int, int], strides: tuple[int, int, int],
                block: tuple[int, int]) -> TensorDescriptor | None:  # fmt: skip
     """x as [rows, heads, tokens, width] in blocks of tokens × width; the last stride is 1.
@@ -294,9 +279,14 @@ def descriptor(x: Tensor, shape: tuple[int, int, int, int], strides: tuple[int, 
     None where the copy engine cannot take it: it wants multiples of 16 bytes.
     """
     a, b, c = strides
-    if x.data_ptr() & 15 or (a | b | c) * x.itemsize & 15 or 0 in shape:
+    if address(x) & 15 or (a | b | c) * x.itemsize & 15 or 0 in shape:
         return None
     return CheckedDescriptor(x, list(shape), [a, b, c, 1], [1, 1, *block])
+
+
+def address(x: Tensor) -> int:
+    """Of its first number; on the meta device after that of its storage, a multiple of 16."""
+    return x.storage_offset() * x.itemsize if x.device.type == "meta" else x.data_ptr()
 
 
 def all_or_none(*tiles: TensorDescriptor | None) -> tuple[TensorDescriptor | None, ...]:

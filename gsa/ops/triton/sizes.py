@@ -4,7 +4,9 @@ Where segments lie depends on their own sequence, never on the batch: a row in a
 exactly like the row alone.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,3 +91,52 @@ class Sizes:
     def borders(self) -> int:
         """Memories kept within sequences, every `span` tokens."""
         return self.B * (self.T // self.span)
+
+
+class Room(NamedTuple):
+    """A tensor within a longer one of bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, memory: Tensor) -> Tensor:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return memory[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+
+class KeptRooms(NamedTuple):
+    """What the backward pass needs beside inputs and results, one after the other in one piece of
+    memory; None where it is not there."""
+
+    raw: Room | None  # [tokens, H, M]: scores against other tokens, without `grow`
+    own: Room | None  # [tokens, H]: q · k of each token; both None without keys
+    lifted: Room | None  # `Gates` in launch.py
+    fades: Room | None
+    steep: Room | None
+    starts: Room | None  # [units, G, M, X]; None if every sequence is one segment
+    keys: Room | None  # [borders, G, M, K], snapshots; None if they are to be made again
+    values: Room | None  # [borders, G, M, V]
+    bytes: int
+
+    @staticmethod
+    def of(n: Sizes, number: torch.dtype, operand: torch.dtype, memories: bool) -> "KeptRooms":
+        """number, operand: dtypes of sums and of factors. memories: whether snapshots are kept."""
+        shots, chunks, units = memories and n.borders > 0, n.spans(n.chunk), n.spans(n.unit)
+        forms = (
+            ((n.tokens, n.H, n.M), number, n.K > 0),
+            ((n.tokens, n.H), number, n.K > 0),
+            ((n.tokens, n.G, n.M), operand, True),
+            ((chunks, n.G, 2, n.M), number, True),
+            ((chunks, n.G), torch.int32, True),
+            ((units, n.G, n.M, n.X), number, n.segmented),
+            ((n.borders, n.G, n.M, n.K), operand, shots),
+            ((n.borders, n.G, n.M, n.V), operand, shots),
+        )  # fmt: skip
+        rooms: list[Room | None] = []
+        end = 0
+        for shape, dtype, wanted in forms:
+            rooms.append(Room(end, shape, dtype) if wanted else None)
+            if wanted:  # the next one begins at a multiple of 128 bytes
+                end += (math.prod(shape) * dtype.itemsize + 127) // 128 * 128
+        return KeptRooms(*rooms, bytes=end)

@@ -209,20 +209,32 @@ class ThinTile(NamedTuple):
 
 MOST_BYTES = 16384
 """Of weights that a program holds."""
+WARP_BYTES = 8192
+"""Of them that a warp of it holds."""
+PAIR_BYTES = 24576
+"""Two rows of a weight, if a row has more than half of `MOST_BYTES`, that one warp holds: 192 of
+its registers. It was faster so than a row by itself, and than two of them in more warps."""
 ENOUGH_PROGRAMS = 512
 """That keep memory busy."""
 
 
-def thin_tile(N: int, D: int, itemsize: int, weights: int = 1) -> ThinTile:
-    """How `weights` weights [N, D] side by side are cut into programs."""
+def thin_tile(N: int, D: int, itemsize: int, weights: int = 1, parts: int = 1) -> ThinTile:
+    """How `weights` weights [N, D] side by side are cut into programs.
+
+    parts: 1, or 2 for programs half as large, of warps with a quarter each: where much stands
+    behind a product, as in `inputs_kernel`.
+    """
     A = 1 << (D.bit_length() - 1)
     B = power_of_two(D - A) if D > A else 0
-    R = max(1, MOST_BYTES // (D * itemsize * weights))
+    R = max(1, MOST_BYTES // (parts * D * itemsize * weights))
     R = 1 << (R.bit_length() - 1)
     while R > 1 and N < R * ENOUGH_PROGRAMS:
         R //= 2
-    held = R * (A + B) * itemsize * weights
-    return ThinTile(R, A, B, max(1, min(8, power_of_two(held // 8192), A // 256)))
+    row = (A + B) * itemsize * weights
+    if R == 1 and weights == 1 and 2 * row <= PAIR_BYTES and N >= 2 * ENOUGH_PROGRAMS:
+        return ThinTile(2, A, B, 1)
+    warps = power_of_two(R * row * parts * parts // WARP_BYTES)
+    return ThinTile(R, A, B, max(1, min(8, warps, A // 256)))
 
 
 class Norm(NamedTuple):
@@ -249,7 +261,7 @@ def thin_inputs(
     swish_keys, swish_values: whether q and k, and v, go through swish.
     """
     D, counts = x.shape[1], [len(layer.weight) for layer in layers]
-    tile = thin_tile(sum(counts), D, x.element_size())
+    tile = thin_tile(sum(counts), D, x.element_size(), parts=2)
     q, k, v = (x.new_empty(1, n) for n in counts[:3])
     log_forget = x.new_empty(1, counts[3], dtype=torch.float32)
     chained = chaining(x.device)
