@@ -144,16 +144,19 @@ class Decoder:
 
     def reading(self, tokens: Tokens, state: ModelState | None = None) -> Reading:
         """What `prefill` does, to be done chunk by chunk between steps; its errors."""
-        self._check(state)
+        if state is not None:
+            self._check(state)
         return Reading(self.model, tokens, state, self.fingerprint)
 
-    def _check(self, state: ModelState | None) -> None:
-        if state is not None and state.fingerprint != self.fingerprint:
+    def _check(self, state: ModelState) -> None:
+        if state.fingerprint != self.fingerprint:
             raise ValueError(
                 f"state: expected one of this model ({self.fingerprint}), got one of another "
                 f"({state.fingerprint}): other weights, dtype or config; read the text again "
                 "with this model"
             )
+        if state.tensors or state.tokens > 1:
+            self.pool.check(state.tensors)
 
     @torch.no_grad()
     def start(
