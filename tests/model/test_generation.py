@@ -143,10 +143,9 @@ def test_a_cache_of_other_rows_and_no_tokens_at_all_are_refused(model, token_ids
     cache = GSACache(model.config)
     model(token_ids(1, 4), past_key_values=cache)
     longer = torch.cat([token_ids(1, 4), token_ids(1, 1, seed=1)], 1)
-    with pytest.raises(ValueError, match="expected a cache of 3 rows, .* got 1; batch_repeat"):
+    with pytest.raises(ValueError, match=r"a cache of 3 rows, .* got 1; batch_repeat"):
         run(model, longer, past_key_values=cache, num_beams=3)
     cache.batch_repeat_interleave(3)
-    beams = run(model, longer, num_beams=3, do_sample=False)
-    assert torch.equal(
-        run(model, longer, past_key_values=cache, num_beams=3, do_sample=False), beams
-    )
+    beams = dict(num_beams=3, do_sample=False)
+    went_on = run(model, longer, past_key_values=cache, **beams)
+    assert torch.equal(went_on, run(model, longer, **beams))
