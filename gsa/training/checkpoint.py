@@ -120,7 +120,7 @@ def save_checkpoint(
         publish(folder, digest(partial, files_under(partial)))
     except (OSError, SafetensorError) as error:
         raise give_up(folder, error) from error
-    prune(checkpoints, keep)
+    prune(folder, keep)
     return folder
 
 
@@ -166,11 +166,17 @@ def give_up(folder: Path, error: object) -> RunError:
     )
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Drop all but the newest `keep`."""
-    for _, old in _complete(checkpoints)[keep:]:
+def prune(newest: Path, keep: int) -> None:
+    """Drop all but the newest `keep`, and what killed processes left half-written.
+
+    newest: the one just written. Later ones are damaged, the run went back behind them: they count
+    for nothing, or the last good one might have to go for them.
+    """
+    found = [path for _, path in _complete(newest.parent)]
+    for old in found[found.index(newest) + keep :]:
         # Renamed first, so that a crash half-way through leaves nothing that looks complete.
-        doomed = old.rename(beside(old))
+        old.rename(beside(old))
+    for doomed in newest.parent.glob(f"step-*{INCOMPLETE}"):
         shutil.rmtree(doomed, ignore_errors=True)
 
 
