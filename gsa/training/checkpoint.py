@@ -125,9 +125,10 @@ def save_checkpoint(
 
 
 def begin(folder: Path) -> Path:
-    """An empty folder beside `folder`, to write into."""
+    """An empty folder beside `folder`, to write into; what was left half-written makes room."""
+    for left in folder.parent.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(left, ignore_errors=True)
     partial = beside(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
@@ -167,7 +168,7 @@ def give_up(folder: Path, error: object) -> RunError:
 
 
 def prune(newest: Path, keep: int) -> None:
-    """Drop all but the newest `keep`, and what killed processes left half-written.
+    """Drop all but the newest `keep`.
 
     newest: the one just written. Later ones are damaged, the run went back behind them: they count
     for nothing, or the last good one might have to go for them.
@@ -175,8 +176,7 @@ def prune(newest: Path, keep: int) -> None:
     found = [path for _, path in _complete(newest.parent)]
     for old in found[found.index(newest) + keep :]:
         # Renamed first, so that a crash half-way through leaves nothing that looks complete.
-        old.rename(beside(old))
-    for doomed in newest.parent.glob(f"step-*{INCOMPLETE}"):
+        doomed = old.rename(beside(old))
         shutil.rmtree(doomed, ignore_errors=True)
 
 
