@@ -49,7 +49,7 @@ class ModelState:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file beside its place, then renames it; an older one is replaced.
 
-        ValueError, FileExistsError as from `check_place`.
+        ValueError, FileExistsError as from `check_place`; OSError if there is no room.
         """
         path = Path(path)
         check_place(path)
@@ -70,6 +70,8 @@ class ModelState:
         try:
             save_file(held, beside, metadata)
             beside.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"state: {path} could not be written ({error})") from error
         finally:
             beside.unlink(missing_ok=True)
 

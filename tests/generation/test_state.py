@@ -8,7 +8,7 @@ import torch
 from forks import Forked
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, build_tiny, write_on
+from tiny_models import VARIANTS, build_tiny, save_without_room, write_on
 
 from gsa.generation import Decoder, ModelState, Sampling
 from gsa.generation.state import checksum, fingerprint
@@ -134,6 +134,15 @@ def test_files_that_are_no_state_are_explained(tmp_path, prompts):
         save_file(found, path, said)
         with pytest.raises(ValueError, match=r"not a whole state|got 'gated-slots state 1'"):
             ModelState.load(path)
+
+
+def test_a_full_disk_leaves_the_earlier_state(tmp_path, prompts):
+    state = Decoder(build_tiny()).prefill(prompts(1)[0])
+    state.save(tmp_path / "s")
+    before = (tmp_path / "s").read_bytes()
+    said, errors = Forked(save_without_room, state, tmp_path / "s").communicate()
+    assert "s could not be written" in said, errors
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 def test_a_state_of_another_layout_is_refused(prompts):
