@@ -177,9 +177,9 @@ class Decoder:
         most = state.tokens - 1 + sampling.max_new_tokens
         if self.pool.is_bounded and most > self.pool.capacity:
             raise ValueError(
-                f"max_new_tokens: expected at most {self.pool.capacity - state.tokens + 1} after "
-                f"{state.tokens} tokens, got {sampling.max_new_tokens}: softmax layers hold "
-                f"capacity = {self.pool.capacity} tokens of a text; give the decoder more"
+                f"capacity: expected at least {most} for a text of {state.tokens} tokens and "
+                f"max_new_tokens = {sampling.max_new_tokens}, got {self.pool.capacity}, which is "
+                "what softmax layers hold; give more, or ask for fewer tokens"
             )
         if None not in self._texts:
             raise ValueError(f"start: expected a free row, got {self.rows} taken; release one")
