@@ -3,6 +3,7 @@
 import json
 
 import torch
+from forks import limit_files
 
 from gsa.generation import Decoder, ModelState
 from gsa.model import GSAConfig, GSAForCausalLM
@@ -97,3 +98,12 @@ def write_on(folder, sampling):
         state = ModelState.load(folder / f"{name}.safetensors")
         texts[name] = list(Decoder(build_tiny(**variant)).write(state, sampling))
     print(json.dumps(texts))
+
+
+def save_without_room(state, path):
+    """Prints what is said when a state finds no room."""
+    limit_files(1000)
+    try:
+        state.save(path)
+    except OSError as error:
+        print(error)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gsa.data.permutation import shuffled
-from gsa.data.shards import TokenShards
+from gsa.data.shards import TOKENS, TokenShards
 
 IGNORE = -100
 """The label that the loss skips (Hugging Face's convention)."""
@@ -148,7 +148,13 @@ def _pack(spans: list[Span]) -> Batch:
     boundaries = []
     filled = 0
     for shards, start, end in spans:
-        ids[filled : filled + end - start] = shards.tokens[start:end]
+        tokens = shards.tokens[start:end]
+        if int(tokens.max()) >= shards.vocab_size:
+            raise ValueError(
+                f"{shards.folder / TOKENS}: damaged: a token past the vocabulary of "
+                f"{shards.vocab_size} among those from {start} to {end}; prepare again"
+            )
+        ids[filled : filled + end - start] = tokens
         documents = shards.document_starts
         # The documents that begin strictly inside the row: its own start is a boundary anyway.
         first, last = np.searchsorted(documents, [start + 1, end])

@@ -230,10 +230,19 @@ def _open_parquet(path: Path):
 
 
 def _read_parquet(path: Path, text_key: str, advance: Advance) -> Iterator[Piece]:
+    import pyarrow
+
     size, number = path.stat().st_size, 0
     with _open_parquet(path) as file:
         total = file.metadata.num_rows
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
+        batches = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key])
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{path}: damaged after row {number} ({error})") from None
+            if batch is None:
+                return
             for value in batch.column(0).to_pylist():
                 number += 1
                 place = f"{path}, row {number}"

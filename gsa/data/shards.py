@@ -11,6 +11,7 @@ Raw files, so that anything can read them; the index holds the sizes that show a
 import hashlib
 import json
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -193,6 +194,10 @@ def _parse_index(path: Path, text: bytes) -> dict[str, Any]:
     for name, kind in _FIELDS.items():
         if not isinstance(index.get(name), kind):
             raise ValueError(f"{path}: expected {kind.__name__} {name!r}, got {index.get(name)!r}")
+    _check_entries(
+        path, "sources", index["sources"], {"name": str, "documents": int, "tokens": int}
+    )
+    _check_entries(path, "files", index["files"].values(), {"bytes": int, "sha256": str})
     dtype = token_dtype(index["vocab_size"])
     if index["dtype"] != dtype.name:
         raise ValueError(f"{path}: expected dtype {dtype.name}, got {index['dtype']}")
@@ -200,6 +205,17 @@ def _parse_index(path: Path, text: bytes) -> dict[str, Any]:
     if counted != index["num_documents"]:
         raise ValueError(f"{path}: sources name {counted} of {index['num_documents']} documents")
     return index
+
+
+def _check_entries(path: Path, name: str, entries: Iterable[Any], kinds: dict[str, type]) -> None:
+    for entry in entries:
+        fits = isinstance(entry, dict) and all(
+            isinstance(entry.get(key), kind) for key, kind in kinds.items()
+        )
+        if not fits:
+            raise ValueError(
+                f"{path}: expected {', '.join(kinds)} in each of {name!r}, got {entry}"
+            )
 
 
 def _check_sizes(folder: Path, index: dict[str, Any]) -> None:

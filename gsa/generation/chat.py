@@ -91,7 +91,9 @@ def chat(config: ChatConfig) -> None:
             return
         if not line.strip():
             continue
-        pieces = session.answer(line.rstrip("\n"), Sampling.of(config))
+        # A terminal in another encoding: bytes that are no text become U+FFFD, not an error.
+        message = line.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        pieces = session.answer(message, Sampling.of(config))
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)

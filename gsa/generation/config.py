@@ -1,6 +1,5 @@
 """What `gsa generate`, `gsa chat` and `gsa prefill` are asked to do."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +47,10 @@ class GenerateConfig(WriteConfig):
     prompt: str = ""
     """The text to continue; with state, what follows the text that it has read."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_text("prompt", self.prompt)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(WriteConfig):
@@ -63,6 +66,7 @@ class ChatConfig(WriteConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_text("system", self.system)
         if self.capacity < 0:
             raise ValueError(f"capacity: expected at least 0, got {self.capacity}")
 
@@ -93,6 +97,14 @@ def check_model(folder: str) -> None:
         raise ValueError("model: expected the folder of a model, got an empty string")
 
 
+def check_text(name: str, text: str) -> None:
+    """ValueError for bytes of a command line that were no text in its encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected text in UTF-8, got {text!r}") from None
+
+
 def check_sampling(settings: Any) -> None:
     """ValueError naming the field of a sampling setting that makes no sense."""
     for name, least in (("max_new_tokens", 1), ("top_k", 0)):
@@ -102,9 +114,9 @@ def check_sampling(settings: Any) -> None:
             raise ValueError(f"{name}: expected at least {least}{most}, got {value}")
     for name in ("temperature", "repetition_penalty"):
         value = getattr(settings, name)
-        if not (math.isfinite(value) and value > 0):
+        if not 1e-6 <= value <= 1e6:  # beyond, logits lose their digits or overflow
             hint = "; for no chance at all use greedy" if name == "temperature" else ""
-            raise ValueError(f"{name}: expected a number above 0, got {value}{hint}")
+            raise ValueError(f"{name}: expected a number from 1e-6 to 1e6, got {value}{hint}")
     if not 0 < settings.top_p <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], got {settings.top_p}")
     if not -(2**63) <= settings.seed < 2**63:

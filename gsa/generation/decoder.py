@@ -144,16 +144,19 @@ class Decoder:
 
     def reading(self, tokens: Tokens, state: ModelState | None = None) -> Reading:
         """What `prefill` does, to be done chunk by chunk between steps; its errors."""
-        self._check(state)
+        if state is not None:
+            self._check(state)
         return Reading(self.model, tokens, state, self.fingerprint)
 
-    def _check(self, state: ModelState | None) -> None:
-        if state is not None and state.fingerprint != self.fingerprint:
+    def _check(self, state: ModelState) -> None:
+        if state.fingerprint != self.fingerprint:
             raise ValueError(
                 f"state: expected one of this model ({self.fingerprint}), got one of another "
                 f"({state.fingerprint}): other weights, dtype or config; read the text again "
                 "with this model"
             )
+        if state.tensors or state.tokens > 1:
+            self.pool.check(state.tensors)
 
     @torch.no_grad()
     def start(
@@ -174,9 +177,9 @@ class Decoder:
         most = state.tokens - 1 + sampling.max_new_tokens
         if self.pool.is_bounded and most > self.pool.capacity:
             raise ValueError(
-                f"max_new_tokens: expected at most {self.pool.capacity - state.tokens + 1} after "
-                f"{state.tokens} tokens, got {sampling.max_new_tokens}: softmax layers hold "
-                f"capacity = {self.pool.capacity} tokens of a text; give the decoder more"
+                f"capacity: expected at least {most} for a text of {state.tokens} tokens and "
+                f"max_new_tokens = {sampling.max_new_tokens}, got {self.pool.capacity}, which is "
+                "what softmax layers hold; give more, or ask for fewer tokens"
             )
         if None not in self._texts:
             raise ValueError(f"start: expected a free row, got {self.rows} taken; release one")

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from gsa.model import GSAConfig
 
-FORMAT = "gated-slots state 1"
+FORMAT = "gated-slots state 2"
 WITHOUT_EFFECT = {"initializer_range", "max_position_embeddings", "use_cache"}
 
 
@@ -49,7 +49,7 @@ class ModelState:
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file beside its place, then renames it; an older one is replaced.
 
-        ValueError, FileExistsError as from `check_place`.
+        ValueError, FileExistsError as from `check_place`; OSError if there is no room.
         """
         path = Path(path)
         check_place(path)
@@ -64,11 +64,14 @@ class ModelState:
             "last": str(self.last),
             "words": str(self.met.numel()),
         }
+        metadata["checksum"] = _digest(metadata, held)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.incomplete")
         try:
             save_file(held, beside, metadata)
             beside.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"state: {path} could not be written ({error})") from error
         finally:
             beside.unlink(missing_ok=True)
 
@@ -92,6 +95,8 @@ class ModelState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path}: cannot be read ({error}); damaged?") from error
+        if metadata.pop("checksum", "") != _digest(metadata, tensors):
+            raise ValueError(f"{path}: not a whole state (its checksum is another); damaged?")
         try:
             met = torch.zeros(int(metadata["words"]), dtype=torch.bool)
             met[tensors.pop("met")] = True
@@ -129,9 +134,13 @@ def fingerprint(model: Any) -> str:
     Weights are summed up on their own device. The same weights in another dtype are another model.
     """
     own = {f.name for f in fields(GSAConfig)} - {f.name for f in fields(PreTrainedConfig)}
-    said = {name: getattr(model.config, name) for name in sorted(own - WITHOUT_EFFECT)}
-    facts: list[object] = [said]
-    for name, tensor in sorted(model.state_dict().items()):
+    said = {name: getattr(model.config, name) for name in own - WITHOUT_EFFECT}
+    return _digest(said, model.state_dict())
+
+
+def _digest(said: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
+    facts: list[object] = [dict(sorted(said.items()))]
+    for name, tensor in sorted(tensors.items()):
         facts.append([name, list(tensor.shape), str(tensor.dtype), checksum(tensor)])
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:32]
 

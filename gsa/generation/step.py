@@ -113,24 +113,27 @@ class StatePool:
             for mixer in self._mixers
         )
 
-    def put(self, row: int, tensors: Mapping[str, Tensor]) -> None:
-        """Gives a row the state of `ModelState.tensors`: that of the first token if there are none.
-
-        ValueError if they are not those of such a model.
-        """
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """ValueError unless these are all tensors of a row's state, in their shapes and dtypes."""
         left = dict(tensors)
+        for place, pool in enumerate(self.layers):
+            prefix = f"layers.{place}."
+            for name, like in pool.items():
+                _check_tensor(prefix + name, like, left.pop(prefix + name, None))
+        if left:
+            raise ValueError(f"state: expected no tensor {sorted(left)[0]!r} for this model")
+
+    def put(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        """Gives a row a state that was checked: that of the first token if there are no tensors."""
         for place, (mixer, pool) in enumerate(zip(self._mixers, self.layers, strict=True)):
             one, prefix = mixer.empty_state(1, self.capacity), f"layers.{place}."
-            state = {name: left.pop(prefix + name) for name in one if prefix + name in left}
+            state = {name: tensors[prefix + name] for name in one if tensors}
             if state:
-                _check_state(prefix, one, state)
                 if "positions" in one:
                     to_ring(state, one)
                 one |= {name: tensor for name, tensor in state.items() if name not in NAMES}
             for name, tensor in pool.items():
                 tensor[row].copy_(one[name][0])
-        if left:
-            raise ValueError(f"state: expected no tensor {sorted(left)[0]!r} for this model")
 
     def take(self, row: int) -> dict[str, Tensor]:
         """A copy of a row's state, as a forward pass would return it."""
@@ -145,16 +148,15 @@ class StatePool:
         return taken
 
 
-def _check_state(prefix: str, like: State, state: State) -> None:
-    for name, wanted in like.items():
-        got = state.get(name)
-        growing = 1 if name in NAMES else None
-        shape = [size if axis != growing else -1 for axis, size in enumerate(wanted.shape)]
-        found = None if got is None else list(got.shape)
-        if found is not None and growing is not None and len(found) > growing:
-            found[growing] = -1
-        if found != shape or got is None or got.dtype != wanted.dtype:
-            raise ValueError(
-                f"state: expected {prefix}{name} of shape {shape} and {wanted.dtype}, got "
-                f"{found} {'' if got is None else got.dtype}; made by another version, or damaged?"
-            )
+def _check_tensor(name: str, pool: Tensor, got: Tensor | None) -> None:
+    """ValueError unless `got` is what a row of `pool` holds; keys and values may be any number."""
+    shape, found = [1, *pool.shape[1:]], None if got is None else list(got.shape)
+    if name.rpartition(".")[2] in NAMES:
+        shape[1] = -1
+        if found is not None and len(found) > 1:
+            found[1] = -1
+    if found != shape or got is None or got.dtype != pool.dtype:
+        raise ValueError(
+            f"state: expected {name} of shape {shape} and {pool.dtype}, got "
+            f"{found} {'' if got is None else got.dtype}; made by another version, or damaged?"
+        )

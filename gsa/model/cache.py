@@ -224,7 +224,8 @@ class GSACache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows, or -1 before the first token."""
-        return next((t.shape[0] for t in self.tensors().values()), -1)
+        states = (layer.state or {} for layer in self.layers)
+        return next((t.shape[0] for state in states for t in state.values()), -1)
 
     @property
     def is_initialized(self) -> bool:

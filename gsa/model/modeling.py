@@ -278,6 +278,14 @@ def token_layout(
                 f"cache (use_cache=False), got B = {B} and {', '.join(given) or 'none of them'}"
             )
         return TokenLayout.of_packed(T, x_BTD.device, cu_seqlens, max_seqlen)
+    if not T:
+        raise ValueError(f"input_ids: expected at least one token a row, got shape [{B}, 0]")
+    rows = -1 if cache is None else cache.batch_size
+    if rows not in (-1, B):
+        raise ValueError(
+            f"past_key_values: expected a cache of {B} rows, as many as the input has, got {rows}; "
+            "batch_repeat_interleave repeats rows, for beams and samples too"
+        )
     if attention_mask is not None and tuple(attention_mask.shape) != (B, past + T):
         raise ValueError(
             f"attention_mask: expected shape [B, past+T] = [{B}, {past + T}], got "

@@ -120,14 +120,15 @@ def save_checkpoint(
         publish(folder, digest(partial, files_under(partial)))
     except (OSError, SafetensorError) as error:
         raise give_up(folder, error) from error
-    prune(checkpoints, keep)
+    prune(folder, keep)
     return folder
 
 
 def begin(folder: Path) -> Path:
-    """An empty folder beside `folder`, to write into."""
+    """An empty folder beside `folder`, to write into; what was left half-written makes room."""
+    for left in folder.parent.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(left, ignore_errors=True)
     partial = beside(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 
@@ -166,9 +167,14 @@ def give_up(folder: Path, error: object) -> RunError:
     )
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Drop all but the newest `keep`."""
-    for _, old in _complete(checkpoints)[keep:]:
+def prune(newest: Path, keep: int) -> None:
+    """Drop all but the newest `keep`.
+
+    newest: the one just written. Later ones are damaged, the run went back behind them: they count
+    for nothing, or the last good one might have to go for them.
+    """
+    found = [path for _, path in _complete(newest.parent)]
+    for old in found[found.index(newest) + keep :]:
         # Renamed first, so that a crash half-way through leaves nothing that looks complete.
         doomed = old.rename(beside(old))
         shutil.rmtree(doomed, ignore_errors=True)

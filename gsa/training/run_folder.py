@@ -93,8 +93,15 @@ def begin(
 
     data: the `fingerprints` of its shards. RunError as from `check_same_run`, `starting_point`.
     """
-    settings = read_settings(folder)
-    if is_finished(folder) and resume == "auto":
+    finished = is_finished(folder) and resume == "auto"
+    try:
+        settings = read_settings(folder)
+    except RunError as error:
+        if finished:
+            raise
+        settings = {}  # a checkpoint holds the same
+        say(f"ignoring {error}")
+    if finished:
         check_same_run(folder, settings, config, data)
         say(f"{folder} is complete: nothing to do")
         return True, None
@@ -113,9 +120,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path}: damaged ({error})") from None
+    for name in ("config", "fingerprints"):
+        if not (isinstance(settings, dict) and isinstance(settings.get(name), dict)):
+            raise RunError(f"{path}: damaged (expected an object {name!r})")
+    return settings
 
 
 def is_finished(folder: Path) -> bool:

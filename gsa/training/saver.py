@@ -125,4 +125,4 @@ class Saver:
 
     def _publish(self, folder: Path, files: list[dict[str, dict[str, Any]]]) -> None:
         publish(folder, {name: entry for own in files for name, entry in own.items()})
-        prune(self._checkpoints, self._keep)
+        prune(folder, self._keep)

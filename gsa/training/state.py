@@ -1,5 +1,6 @@
 """Where a run stands: counters that a checkpoint keeps besides tensors."""
 
+import math
 import statistics
 from dataclasses import dataclass, field
 
@@ -44,5 +45,6 @@ class Progressed:
 
     def note_validation(self, found: HeldOut) -> None:
         self.validated_step, self.val_loss, self.val_tokens = self.step, found.loss, found.tokens
-        if self.best_val_loss is None or found.loss < self.best_val_loss:
+        best = self.best_val_loss
+        if best is None or math.isnan(best) or found.loss < best:
             self.best_val_loss, self.best_val_step = found.loss, self.step

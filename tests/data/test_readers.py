@@ -105,6 +105,15 @@ def test_parquet_without_the_column_lists_the_columns(tmp_path, run):
         run("a.parquet")
 
 
+def test_damaged_parquet_is_named(tmp_path, run):
+    write_parquet(tmp_path / "a.parquet", text=["beta " * 50, "gamma"])
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[:120] = data[:4] + bytes(116)
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged after row 0"):
+        run("a.parquet")
+
+
 def test_parquet_rows_of_another_kind_are_named(tmp_path, run):
     write_parquet(tmp_path / "a.parquet", text=[1, 2])
     with pytest.raises(ValueError, match=r"a\.parquet, row 1: expected text in 'text', got int"):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gsa.data import PrepareConfig, TokenShards, prepare
+from gsa.data import PackedRows, PrepareConfig, TokenShards, prepare
 
 TEXTS = {"a.txt": "alpha", "b.txt": "be", "c.txt": "gamma ray"}
 
@@ -91,6 +91,8 @@ def test_a_folder_without_index_is_no_shard_folder(folder):
         ({"dtype": "uint32"}, "expected dtype uint16, got uint32"),
         ({"num_tokens": 20}, r"expected 40 bytes listed for tokens\.bin"),
         ({"sources": []}, "sources name 0 of 3 documents"),
+        ({"sources": [{"name": "a"}]}, "expected name, documents, tokens in each of 'sources'"),
+        ({"files": {"tokens.bin": {"sha256": ""}}}, "expected bytes, sha256 in each of 'files'"),
     ],
 )
 def test_a_changed_index_is_refused(folder, change, message):
@@ -113,6 +115,12 @@ def test_verify_finds_a_flipped_bit(folder):
     (folder / "tokens.bin").write_bytes(data)
     with pytest.raises(ValueError, match=r"tokens\.bin: contents differ"):
         TokenShards(folder).verify()
+    data[5] ^= 0x80
+    (folder / "tokens.bin").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"tokens\.bin: damaged: a token past the vocabulary of 258"
+    ):
+        PackedRows(TokenShards(folder), seq_len=4, seed=0).batch(0, 4)
 
 
 def test_the_fingerprint_follows_the_contents(folder, original, tmp_path):

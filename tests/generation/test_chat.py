@@ -116,7 +116,7 @@ def test_chat_prefill_and_generate_as_typed(folder, tmp_path, capsys, monkeypatc
     assert main(["generate", str(folder), "--prompt", whole, *options]) == 0
     assert capsys.readouterr().out == text.read_text() + after
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nWhy?\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\nWhy, Ren\udce9?\n"))
     assert main(["chat", str(folder), "--state", str(state), *options]) == 0
     lines = capsys.readouterr().out
     assert lines.endswith("\n") and len(lines) > 10

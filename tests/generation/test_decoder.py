@@ -118,7 +118,9 @@ def test_a_window_turns_round_in_its_ring(prompts):
     state = decoder.prefill(prompt)
     sampling = Sampling(greedy=True, max_new_tokens=30)
     assert list(decoder.write(state, sampling)) == theirs(model, prompt, max_new_tokens=30)
-    with pytest.raises(ValueError, match=r"max_new_tokens: expected at most 30 after \d+ tokens"):
+    with pytest.raises(
+        ValueError, match=r"capacity: expected at least \d+ for a text of \d+ tokens"
+    ):
         decoder.start(state, Sampling(max_new_tokens=31))
 
 

@@ -116,6 +116,8 @@ def test_an_empty_prompt_and_a_device_without_numbers_are_refused(folder):
     [
         ("max_new_tokens", 0), ("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("model", ""),
         ("repetition_penalty", 0.0), ("seed", 2**63), ("top_k", 2**63), ("max_new_tokens", 2**63),
+        ("temperature", 1e300), ("temperature", 1e-40), ("repetition_penalty", 1e300),
+        ("temperature", float("nan")), ("prompt", "caf\udce9"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_by_name(field, value):

@@ -1,12 +1,14 @@
 """A state is a file: what goes on from it, in another process too, goes on as without it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from forks import Forked
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, build_tiny, write_on
+from tiny_models import VARIANTS, build_tiny, save_without_room, write_on
 
 from gsa.generation import Decoder, ModelState, Sampling
 from gsa.generation.state import checksum, fingerprint
@@ -116,18 +118,49 @@ def test_files_that_are_no_state_are_explained(tmp_path, prompts):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"cannot be read .* damaged"):
         ModelState.load(path)
-    path.write_bytes(whole)
-    tensors = load_file(path)
-    metadata = {"format": "gated-slots state 1", "model": state.fingerprint, "tokens": "9"}
-    save_file(tensors, path, metadata)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="not a whole state"):
         ModelState.load(path)
-    metadata |= {"last": "3", "words": "40"}
-    tensors["layers.0.memory"] = tensors["layers.0.memory"][:, :2].contiguous()
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match=r"expected layers\.0\.memory of shape \[1, 4, 5, 8\]"):
-        decoder.start(ModelState.load(path), SAMPLING)
-    tensors = dict(state.tensors) | {"layers.7.memory": torch.ones(1), "met": torch.tensor([1])}
-    save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match=r"expected no tensor 'layers\.7\.memory'"):
-        decoder.start(ModelState.load(path), SAMPLING)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    for found, said in (
+        ({n: t for n, t in tensors.items() if n != "layers.1.memory"}, metadata),
+        (tensors | {"layers.7.memory": torch.ones(1)}, metadata),
+        (tensors, metadata | {"tokens": "9"}),
+        (tensors, metadata | {"format": "gated-slots state 1"}),
+    ):
+        save_file(found, path, said)
+        with pytest.raises(ValueError, match=r"not a whole state|got 'gated-slots state 1'"):
+            ModelState.load(path)
+
+
+def test_a_full_disk_leaves_the_earlier_state(tmp_path, prompts):
+    state = Decoder(build_tiny()).prefill(prompts(1)[0])
+    state.save(tmp_path / "s")
+    before = (tmp_path / "s").read_bytes()
+    said, errors = Forked(save_without_room, state, tmp_path / "s").communicate()
+    assert "s could not be written" in said, errors
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+
+
+def test_a_state_of_another_layout_is_refused(prompts):
+    decoder = Decoder(build_tiny(gate="abc"))
+    state = decoder.prefill(prompts(1)[0])
+    memory = state.tensors["layers.1.memory"]
+    less = {name: t for name, t in state.tensors.items() if name != "layers.1.memory"}
+    for tensors, message in (
+        (less | {"layers.1.memory": memory[:, :2]}, r"layers\.1\.memory of shape \[1, 4, 5, 8\]"),
+        (less | {"layers.1.memory": memory.float()}, r"layers\.1\.memory .* and torch\.float64"),
+        (less, r"expected layers\.1\.memory .* got None"),
+        ({}, r"expected layers\.0\.memory .* got None"),
+        (dict(state.tensors) | {"layers.7.memory": memory}, r"no tensor 'layers\.7\.memory'"),
+    ):
+        other = replace(state, tensors=tensors)
+        for use in (
+            lambda s=other: decoder.start(s, SAMPLING),
+            lambda s=other: decoder.prefill([3], s),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use()

@@ -135,3 +135,17 @@ def test_other_caches_are_refused(tiny, token_ids):
         run(model, ids, return_dict_in_generate=True).past_key_values,
         GSACache,
     )
+
+
+def test_a_cache_of_other_rows_and_no_tokens_at_all_are_refused(model, token_ids):
+    with pytest.raises(ValueError, match=r"at least one token a row, got shape \[2, 0\]"):
+        model(token_ids(2, 0))
+    cache = GSACache(model.config)
+    model(token_ids(1, 4), past_key_values=cache)
+    longer = torch.cat([token_ids(1, 4), token_ids(1, 1, seed=1)], 1)
+    with pytest.raises(ValueError, match=r"a cache of 3 rows, .* got 1; batch_repeat"):
+        run(model, longer, past_key_values=cache, num_beams=3)
+    cache.batch_repeat_interleave(3)
+    beams = dict(num_beams=3, do_sample=False)
+    went_on = run(model, longer, past_key_values=cache, **beams)
+    assert torch.equal(went_on, run(model, longer, **beams))

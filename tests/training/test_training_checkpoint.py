@@ -1,8 +1,9 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_runs import assert_same_run, damage, losses, start
+from training_runs import assert_same_run, damage, losses, start, stopped_at
 
 from gsa.data import PrepareConfig, prepare
 from gsa.training import RunError, train
@@ -61,6 +62,22 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(make_config, three_kep
     train(three_kept)
     assert_same_run(folder, whole)
     assert open_checkpoint(folder / "checkpoints" / "step-00000012").step == 12
+
+
+def test_damaged_and_half_written_ones_take_no_good_one_s_place(three_kept):
+    folder = Path(three_kept.out)
+    (folder / "checkpoints" / "step-00000012").rename(
+        folder / "checkpoints/step-00000011.incomplete"
+    )
+    damage(folder / "checkpoints" / "step-00000010" / "model.safetensors", "changed")
+    for name in ("report.md", "model.safetensors"):
+        (folder / name).unlink()
+    config = replace(three_kept, keep_checkpoints=1)
+    assert train(config, objective=stopped_at(2)).step == 7
+    assert checkpoints(config) == ["step-00000007", "step-00000010"]
+    open_checkpoint(folder / "checkpoints" / "step-00000007")
+    train(config)
+    assert checkpoints(config) == ["step-00000012"]
 
 
 def test_all_damaged_does_not_start_over(three_kept):

@@ -19,7 +19,8 @@ from gsa.training import RunError, train
 from gsa.training.blocks import prepare_blocks
 from gsa.training.objective import next_token, num_targets
 from gsa.training.optimizer import build_optimizer, decay_groups
-from gsa.training.state import NORMS
+from gsa.training.state import NORMS, Progressed
+from gsa.training.validation import HeldOut
 
 
 def of_kind(config, kind):
@@ -161,6 +162,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(make_config):
     assert all(math.isfinite(row["loss"]) for row in rows if row["step"] != 3)
     weights = load_file(Path(config.out) / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_the_best_validation_is_a_number_once_there_is_one():
+    at = Progressed()
+    for loss in (math.nan, 3.0, math.nan, 2.0, 2.5):
+        at.step += 1
+        at.note_validation(HeldOut(loss, 1, 0.0))
+    assert (at.best_val_loss, at.best_val_step) == (2.0, 4)
 
 
 def test_a_run_that_diverges_stops_after_the_limit(make_config):

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sys
@@ -6,7 +7,15 @@ from pathlib import Path
 
 import pytest
 from forks import Forked, gsa
-from training_runs import assert_same_run, command_of, losses, start, start_command, wait_for_step
+from training_runs import (
+    assert_same_run,
+    command_of,
+    losses,
+    start,
+    start_command,
+    stopped_at,
+    wait_for_step,
+)
 
 from gsa.data import PrepareConfig, prepare
 from gsa.training import RunError, train
@@ -155,6 +164,22 @@ def test_settings_that_change_no_weight_may_change(make_config, tmp_path):
     whole = make_config(out=str(tmp_path / "whole"))
     train(whole)
     assert_same_run(config.out, whole.out)
+
+
+def test_damaged_settings_are_written_anew_from_what_is_asked(make_config, capsys):
+    config = make_config()
+    stopped_at_5(config)
+    path = Path(config.out) / "train.json"
+    whole = json.loads(path.read_text())
+    for damaged in ('{"config": ', "[]", json.dumps(whole).replace('"config"', '"gonfig"')):
+        path.write_text(damaged)
+        train(config, objective=stopped_at(1))
+        assert f"ignoring {path}: damaged" in capsys.readouterr().err
+        assert json.loads(path.read_text())["config"] == whole["config"]
+    train(config)
+    path.write_text(damaged)
+    with pytest.raises(RunError, match=r"train\.json: damaged .expected an object 'config'"):
+        train(config)
 
 
 def test_other_shards_do_not_resume(make_config, shard_folders, tmp_path):

@@ -86,6 +86,11 @@ def build_service(config: ServeConfig) -> tuple[Service, Metrics]:
             decoder.reading([], state)
         except ValueError as error:
             raise ValueError(f"states: {name}: {error}") from error
+        if decoder.pool.is_bounded and state.tokens > decoder.pool.capacity:
+            raise ValueError(
+                f"capacity: expected more than {state.tokens}, the tokens of state {name!r}, got "
+                f"{decoder.pool.capacity}, which is what softmax layers hold: nothing could follow"
+            )
     for greedy in (True, False):
         list(decoder.write(decoder.prefill([0]), Sampling(max_new_tokens=1, greedy=greedy)))
     metrics = Metrics()

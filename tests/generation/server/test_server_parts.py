@@ -1,6 +1,7 @@
 """Stop strings, kept states and what fits into a pool, by themselves."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,3 +98,7 @@ def test_texts_longer_than_softmax_layers_hold_are_refused(tmp_path):
         length(complete, max_tokens=21)
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
     assert length(chat) == 51 - len("[user]abc#[assistant]")
+    book = tmp_path / "book.safetensors"
+    service.engine.decoder.prefill([5] * 51).save(book)
+    with pytest.raises(ValueError, match=r"capacity: expected more than 51, .* 'book', got 50"):
+        build_service(replace(config, states=(f"book={book}",)))
