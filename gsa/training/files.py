@@ -69,11 +69,17 @@ def read_object(path: Path, parts: Mapping[str, type] = MappingProxyType({})) ->
         raise RunError(f"{path}: damaged ({error})") from None
     if not isinstance(found, dict):
         raise RunError(f"{path}: damaged (no JSON object)")
-    for key, kind in parts.items():
-        if not isinstance(found.get(key), kind):
-            name = "object" if kind is dict else kind.__name__
-            raise RunError(f"{path}: damaged ({key}: expected {name}, got {found.get(key)!r:.80})")
+    check_kinds(path, dict.fromkeys(parts) | found, parts)
     return found
+
+
+def check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """RunError, naming the file, if a value that was found in it is of another kind."""
+    for key in kinds.keys() & found.keys():
+        if not isinstance(found[key], kinds[key]):
+            kind = "object" if kinds[key] is dict else kinds[key].__name__
+            got = repr(found[key])
+            raise RunError(f"{path}: damaged ({key}: expected {kind}, got {got[:80]})")
 
 
 def check_result(out: str, key: str, maker: str) -> None:

@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
     conversion = lesson[2] / "conversion.json"
     for damaged in ("{", "[]", '{"teacher": {"folder": 3}}'):
         conversion.write_text(damaged)
-        with pytest.raises(RunError, match="conversion.json: damaged"):
+        with pytest.raises(RunError, match=r"conversion\.json: damaged"):
             distill(config)
 
 
@@ -370,7 +370,7 @@ def test_other_settings_in_the_same_folder_are_refused(make_config):
     with pytest.raises(RunError, match="seed: 0 there, 1 asked"):
         distill(replace(config, seed=1))
     (folder / "distill.json").write_text('{"config": []}')
-    with pytest.raises(RunError, match="distill.json: damaged .config: expected object"):
+    with pytest.raises(RunError, match=r"distill\.json: damaged .config: expected object"):
         distill(config)
 
 
