@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from gsa.benchmark.environment import environment
 from gsa.training import RunError
 from gsa.training.distributed import Team
+from gsa.training.environment import environment
 from gsa.training.files import incomplete, read_object, write_json
 from gsa.training.lock import LOCK, turn
 

@@ -301,6 +301,21 @@ def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_command_ends_with_the_signal_that_stopped_it(make_config, tmp_path, monkeypatch):
+    """What a script does next, with a model that is not there yet, is not to begin."""
+    command, right = command_of(make_config(tokens=6 * 4 * T)), Align.__call__
+
+    def stopping(self, model, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Align, "__call__", stopping)
+        assert main(command) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "2-kl").exists()
+    assert main(command) == 0
+
+
 @pytest.mark.gpu
 def test_passes_of_both_can_be_recorded(make_config, tmp_path):
     config = make_config(device="cuda")
