@@ -120,7 +120,7 @@ def distill(arguments: list[str]) -> int:
 
     config = _config("gsa distill", run, DistillConfig, arguments, ("student",))
     result = run(config, command="gsa " + shlex.join(["distill", *arguments]), say=print)
-    return 130 if result.signal == signal.SIGINT else 0
+    return _unfinished(result.signal)
 
 
 def report(arguments: list[str]) -> int:
@@ -219,7 +219,7 @@ def evaluate(arguments: list[str]) -> int:
         about = "Find the layers of a Transformer that look things up in the text before."
         config = _config("gsa eval retrieval", about, RetrievalConfig, rest, ("model",))
         _text_alone()
-        retrieval(config)
+        retrieval(config, command="gsa " + shlex.join(["eval", *arguments]))
         return 0
     from gsa.evaluation import PerplexityConfig, SpeedConfig, TasksConfig
 
@@ -324,8 +324,14 @@ def reproduce(arguments: list[str]) -> int:
     command = "gsa " + shlex.join(["reproduce", *arguments])
     config_class, run = EXPERIMENTS[chosen]
     _text_alone()
-    stopped = run(_config(f"gsa reproduce {chosen}", run, config_class, rest), command=command)
-    return 130 if stopped == signal.SIGINT else 0
+    return _unfinished(
+        run(_config(f"gsa reproduce {chosen}", run, config_class, rest), command=command)
+    )
+
+
+def _unfinished(stopped: int) -> int:
+    """As shells say that a signal ended a command: what comes after it is not to begin."""
+    return 128 + stopped if stopped else 0
 
 
 def info(arguments: list[str]) -> int:
@@ -334,8 +340,8 @@ def info(arguments: list[str]) -> int:
     parser.parse_args(arguments)
     import torch
 
-    from gsa.benchmark.environment import environment
     from gsa.ops import describe_impl
+    from gsa.training.environment import environment
 
     for name, value in environment().items():
         print(f"{name:<14}{'not installed' if value is None else value}")
@@ -400,7 +406,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. Exit codes: 0 done, 2 an error that its message explains, 130 Ctrl-C."""
+    """Runs a command. Exit codes: 0 done, 2 an error that its message explains, 130 Ctrl-C.
+
+    SIGTERM and SIGUSR1: 0 from train, which saved, as schedulers expect; 143 and 138 from others.
+    """
     lines = "\n".join(f"  {name:<10}{inspect.getdoc(run)}" for name, run in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="gsa",
@@ -425,7 +434,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for this alone
+        out_of_memory = "can't allocate memory" in str(error)  # a CPU's; a GPU's is torch's own:
+        if not out_of_memory and type(error).__name__ != "OutOfMemoryError":
             raise
         what = ". ".join(str(error).split(". ")[:3])
         hint = "ask for less at once: fewer rows (with more accumulation), --recompute 1, bf16"

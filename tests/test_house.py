@@ -29,7 +29,6 @@ DOORS = {
     ("evaluation", "data"),  # held-out text comes as shards
     ("evaluation", "generation"),  # models are opened and answers written as by the decoder
     ("evaluation", "training"),  # files are written as a run's are: whole or not at all
-    ("evaluation", "benchmark"),  # results say what they were made on
     ("benchmark", "training"),  # training is timed by the engine's own parts
     ("benchmark", "generation"),  # and decoding by the decoder
     ("benchmark", "conversion"),  # what a distillation costs follows from its stages

@@ -12,7 +12,6 @@ import torch
 from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.decoders import Contender, clocked, contender
 from gsa.benchmark.device import bench_device
-from gsa.benchmark.environment import environment
 from gsa.benchmark.language_models import (
     Architectures,
     Recipes,
@@ -22,6 +21,7 @@ from gsa.benchmark.language_models import (
 )
 from gsa.benchmark.results import Results, check_out
 from gsa.benchmark.tables import aligned
+from gsa.training.environment import environment
 
 GIB = 1 << 30
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

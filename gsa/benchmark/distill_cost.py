@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import gsa
-from gsa.benchmark.environment import commit
 from gsa.benchmark.model_cost import read_config
 from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.tables import aligned
@@ -38,6 +37,7 @@ from gsa.model.cost import (
 )
 from gsa.model.loss import CHUNK_LOGITS
 from gsa.training.adapters import adapt
+from gsa.training.environment import commit
 from gsa.training.optimizer import rate_of
 
 FP32 = torch.float32.itemsize

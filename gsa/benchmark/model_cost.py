@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import gsa
-from gsa.benchmark.environment import commit
 from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.tables import aligned
 from gsa.model import GSAConfig
@@ -22,6 +21,7 @@ from gsa.model.cost import (
     state_bytes,
     training_bytes,
 )
+from gsa.training.environment import commit
 
 
 @dataclass(frozen=True, kw_only=True)

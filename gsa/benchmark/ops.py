@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from gsa.benchmark.environment import environment
 from gsa.benchmark.results import check_out, write_result
 from gsa.benchmark.timing import Timing, interleaved
 from gsa.ops import Impl, gated_slot_attention
+from gsa.training.environment import environment
 
 
 @dataclass(frozen=True, kw_only=True)

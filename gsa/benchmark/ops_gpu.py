@@ -20,7 +20,6 @@ from gsa.benchmark.budget import Budget
 from gsa.benchmark.cases import ALL_CASES, Case, select
 from gsa.benchmark.ceilings import Ceilings, measure_ceilings
 from gsa.benchmark.cold_start import cold_start
-from gsa.benchmark.environment import environment
 from gsa.benchmark.gpu_timing import GpuMeter, cache_bytes
 from gsa.benchmark.measure import Bench, measure_attention, measure_step
 from gsa.benchmark.peers import NOTES, Fla, fla_version, load_fla, triton_cache_entries
@@ -29,6 +28,7 @@ from gsa.benchmark.results import Results
 from gsa.benchmark.tables import ceilings_line, progress, tables
 from gsa.benchmark.timing import Meter
 from gsa.ops import Impl
+from gsa.training.environment import environment
 
 COLD_START_TIMEOUT = 300.0
 

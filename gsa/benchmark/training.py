@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from gsa.benchmark.budget import OutOfTimeError, time_limit
 from gsa.benchmark.device import bench_device
-from gsa.benchmark.environment import environment
 from gsa.benchmark.language_models import (
     Architectures,
     Recipes,
@@ -26,6 +25,7 @@ from gsa.benchmark.tables import aligned
 from gsa.model.cost import mfu, peak_flops
 from gsa.training.blocks import prepare_blocks, recompute_blocks, sum_blocks_in
 from gsa.training.config import TrainConfig
+from gsa.training.environment import environment
 from gsa.training.optimizer import Optimizers, build_optimizer
 
 GIB = 1 << 30

@@ -15,7 +15,6 @@ import torch
 
 from gsa.benchmark.budget import Budget
 from gsa.benchmark.cases import ATTENTION_CASES, Case, select
-from gsa.benchmark.environment import device_name
 from gsa.benchmark.measure import why
 from gsa.benchmark.ops_gpu import Machine, cuda_machine
 from gsa.benchmark.tables import aligned
@@ -24,6 +23,7 @@ from gsa.ops import describe_impl
 from gsa.ops.triton import sizes, table
 from gsa.ops.triton.op import MAX_SLOTS
 from gsa.ops.triton.table import KERNELS, Row
+from gsa.training.environment import device_name
 from gsa.training.files import write_text
 
 

@@ -129,6 +129,8 @@ class ConvertConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed: expected a number below 2^63, got {self.seed}")
         if len(set(self.keep_layers)) < len(self.keep_layers):
             raise ValueError(f"keep_layers: expected each layer once, got {self.keep_layers}")
         if self.keep_all and self.keep_layers:

@@ -1,13 +1,13 @@
 """What `gsa distill` can be asked for."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gsa.conversion.conversion import REPORT as CONVERSION
 from gsa.conversion.stages import PRESETS, Preset, Stage, parse_stage, planned
-from gsa.training import TrainConfig
+from gsa.training import RunError, TrainConfig
+from gsa.training.files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +66,11 @@ class Lesson:
                 f"student: expected a folder that gsa convert made, got {self.student} without "
                 f"{CONVERSION}; if it is a model of ours, say which teacher is its own: teacher"
             )
-        found = json.loads(path.read_text(encoding="utf-8"))["teacher"]
-        return Path(found["folder"] if isinstance(found, dict) else found)
+        found = read_object(path).get("teacher")
+        folder = found.get("folder") if isinstance(found, dict) else found
+        if not isinstance(folder, str):
+            raise RunError(f"{path}: damaged (it does not say which teacher); say it: teacher")
+        return Path(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """What a distillation found: recovery.json, report.md, and the yardstick they are held against."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from gsa.conversion.recovery import Comparison
 from gsa.data import TokenShards, open_rows
 from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig
+from gsa.training.files import read_object
 from gsa.training.report import quoted
 from gsa.training.run_folder import fingerprints
 
@@ -61,7 +61,7 @@ def read_yardstick(folder: str, own: dict[str, Any]) -> Yardstick:
             f"yardstick: expected a finished distillation with held-out text, got {folder} without "
             f"{RECOVERY}"
         )
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_object(path, {"circumstances": dict, "model": str})
     theirs = found["circumstances"]
     differing = [
         f"{key}: {theirs.get(key)} there, {value} here"

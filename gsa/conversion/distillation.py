@@ -27,13 +27,14 @@ from gsa.conversion.distill_report import (
 from gsa.conversion.objectives import Align, FrozenTeacher, Kl
 from gsa.conversion.recall import Questions, make_questions, prose_of
 from gsa.conversion.recovery import Comparison, Recovery, compare
+from gsa.conversion.teacher import open_config
 from gsa.data import MixedShards, TokenShards, open_rows
 from gsa.layers.options import SoftmaxAttentionOptions
 from gsa.model import GSAConfig, GSAForCausalLM
 from gsa.model.loading import without_bars
 from gsa.training import RunError, train
 from gsa.training.distributed import Team, join
-from gsa.training.files import write_json, write_text
+from gsa.training.files import incomplete, read_object, write_json, write_text
 from gsa.training.objective import Objective, next_token
 from gsa.training.report import sample
 from gsa.training.setup import check_team, pick_device
@@ -154,12 +155,12 @@ def _check_pair(student: Path, teacher: Path) -> None:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{name}: expected a model folder, got {folder}; give {name}")
     own = GSAConfig.from_pretrained(student)
-    theirs = json.loads((teacher / "config.json").read_text(encoding="utf-8"))
+    theirs = open_config(teacher).config
     for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if getattr(own, key) != theirs.get(key):
+        if getattr(own, key) != getattr(theirs, key):
             raise ValueError(
                 f"teacher: expected {key} = {getattr(own, key)}, as the student has, got "
-                f"{theirs.get(key)} in {teacher}"
+                f"{getattr(theirs, key)} in {teacher}"
             )
 
 
@@ -187,12 +188,13 @@ def _begin(config: DistillConfig, command: str) -> None:
     folder, asked = Path(config.out), asdict(config)
     path = folder / SETTINGS
     if not path.is_file():
-        if folder.exists() and any(folder.iterdir()):
+        there = {at.name for at in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if folder.exists() and there - {incomplete(path).name}:  # of a command that was killed
             raise RunError(f"out: {folder} holds something that is no distillation; choose another")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"command": command, "config": asked})
         return
-    before = json.loads(path.read_text(encoding="utf-8"))["config"]
+    before = read_object(path, {"config": dict})["config"]
     now = json.loads(json.dumps(asked))
     differing = [
         f"{key}: {before.get(key)!r} there, {value!r} asked"

@@ -21,6 +21,7 @@ from gsa.conversion.recall import Questions, make_questions, prose_of
 from gsa.conversion.teacher import open_teacher
 from gsa.data import TokenShards
 from gsa.model.loading import without_bars
+from gsa.training.environment import environment
 from gsa.training.files import check_result, write_json
 
 NEAR, FIRST = 32, 4
@@ -68,7 +69,9 @@ class Sight:
     nats: float
 
 
-def retrieval(config: RetrievalConfig, say: Callable[[str], None] = print) -> list[int]:
+def retrieval(
+    config: RetrievalConfig, *, command: str = "", say: Callable[[str], None] = print
+) -> list[int]:
     """The layers that look things up most, most first; prints and writes what was found.
 
     Runs on the CPU in fp32.
@@ -107,7 +110,9 @@ def retrieval(config: RetrievalConfig, say: Callable[[str], None] = print) -> li
     say(f"gsa convert {config.model} --keep-layers {' '.join(map(str, sorted(best)))} --out …")
     if config.out:
         found = {
+            "command": command,
             "config": asdict(config),
+            "environment": environment(torch.device("cpu")),
             "layers": best,
             "shares": shares.tolist(),
             "sights": [asdict(one) for one in sights],

@@ -1,5 +1,6 @@
 """The stages of a distillation: what is learned, on how many tokens, at what rates."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -9,6 +10,8 @@ MIXERS = ".attn."
 """In the names of a token mixer's parameters."""
 NEW = (".f_proj.", ".f_out.", ".g_norm.", ".g_proj.", ".feature_map.", ".share_proj.", "_conv1d.")
 """In the names of what a mixer has that its teacher's attention had not."""
+MOST_TOKENS = 1e15
+"""Of a stage: more than there is text, so that a slip of the keyboard is one line."""
 RANK = 8
 """Of adapters."""
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
@@ -83,14 +86,15 @@ def parse_stage(text: str) -> Stage:
         raise ValueError(f"{expected}, with an objective among {aims}, got {text!r}")
     try:
         unit = UNITS.get(parts[1][-1:].upper(), 1)
-        tokens = round(float(parts[1].rstrip("KMBkmb")) * unit)
+        tokens = float(parts[1].removesuffix(parts[1][-1:] if unit > 1 else "")) * unit
         lora = RANK if parts[3] == "lora" else 0
         lr, rest = float(parts[2]), 0.0 if lora else float(parts[3])
     except ValueError:
         raise ValueError(f"{expected}, got {text!r}") from None
-    if tokens < 1 or not lr > 0 or not rest >= 0:
+    if not (0.5 < tokens <= MOST_TOKENS and 0 < lr <= 1 and 0 <= rest < math.inf):
         raise ValueError(
-            f"{expected}, with tokens and lr above 0 and rest at least 0, got {text!r}"
+            f"{expected}, with tokens above 0 and at most {MOST_TOKENS:g}, lr above 0 and at most "
+            f"1, rest finite and at least 0, got {text!r}"
         )
     aim: Aim = parts[0]  # pyright: ignore[reportAssignmentType]
-    return Stage(objective=aim, tokens=tokens, lr=lr, rest=rest, lora=lora)
+    return Stage(objective=aim, tokens=round(tokens), lr=lr, rest=rest, lora=lora)

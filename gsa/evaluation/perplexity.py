@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gsa.benchmark.environment import environment
 from gsa.data.encoding import HuggingFaceEncoder
 from gsa.data.readers import check_parquet, find_files
 from gsa.data.shards import INDEX, TokenShards
@@ -26,6 +25,7 @@ from gsa.evaluation.models import (
 )
 from gsa.evaluation.report import check_out, markdown, write_report
 from gsa.model import GSACache
+from gsa.training.environment import environment
 
 LOGITS = 1 << 26
 """Logits held at a time, where the model's memory allows reading in pieces."""

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from gsa.benchmark.environment import environment
 from gsa.evaluation.config import SpeedConfig
 from gsa.evaluation.models import is_ours, model_facts, open_model, open_tokenizer
 from gsa.evaluation.report import check_out, markdown, write_report
+from gsa.training.environment import environment
 
 
 def speed(config: SpeedConfig) -> dict[str, Any]:

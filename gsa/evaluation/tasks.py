@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gsa.benchmark.environment import environment
 from gsa.evaluation.config import TasksConfig
 from gsa.evaluation.models import (
     context_length,
@@ -23,6 +22,7 @@ from gsa.evaluation.models import (
 )
 from gsa.evaluation.report import check_out, markdown, write_report
 from gsa.evaluation.suites import Suite, find_suite, suites
+from gsa.training.environment import environment
 
 NOTES = dict.fromkeys(
     ("fda", "swde", "squad_completion"),

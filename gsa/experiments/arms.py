@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from gsa.benchmark.environment import environment
 from gsa.training import RunError
 from gsa.training.distributed import Team
-from gsa.training.files import incomplete, write_json
+from gsa.training.environment import environment
+from gsa.training.files import incomplete, read_object, write_json
 from gsa.training.lock import LOCK, turn
 
 EXPERIMENT, RESULT, RESULTS = "experiment.json", "result.json", "results.json"
@@ -72,7 +72,7 @@ def begin(out: Path, asked: dict[str, Any]) -> None:
     with turn(out):
         if not path.is_file():
             write_json(path, now)
-    before = _read(path)
+    before = read_object(path)
     differing = [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} asked"
         for key in {**before, **now}
@@ -104,7 +104,8 @@ def run_arms(
         say(f"{number} of {len(arms)}: {arm.name}")
         torch.compiler.reset()  # dynamo allows few versions of a block: each arm starts anew
         try:
-            found = {"arm": arm.name, "command": command, "environment": environment()} | arm.run()
+            told = {"arm": arm.name, "asked": _asked(arm.folder), "command": command}
+            found = told | {"environment": environment()} | arm.run()
         except StoppedError as stopped:
             team.ask_first(report)
             return stopped.signal
@@ -126,8 +127,24 @@ def run_arms(
 
 
 def read_result(folder: Path) -> Result | None:
-    """None if the arm is not done."""
-    return _read(folder / RESULT) if (folder / RESULT).is_file() else None
+    """None if the arm is not done. RunError for a file that is damaged or another experiment's."""
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    found = read_object(path, {"arm": str, "command": str, "environment": dict})
+    here = _asked(folder)
+    if found.get("asked", here) != here:
+        raise RunError(
+            f"{folder}: is of an experiment with other settings ({found['asked']} there, {here} "
+            "here); move it away, and it is made anew"
+        )
+    return found
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    """What was asked of the experiment that an arm's folder lies in; {} outside of any."""
+    places = (place / EXPERIMENT for place in folder.absolute().parents)
+    return next((read_object(path) for path in places if path.is_file()), {})
 
 
 def collect(out: Path, folders: Mapping[str, Path]) -> dict[str, Result]:
@@ -135,7 +152,7 @@ def collect(out: Path, folders: Mapping[str, Path]) -> dict[str, Result]:
     every = {key: read_result(folder) for key, folder in folders.items()}
     done = {key: found for key, found in every.items() if found is not None}
     missing = [key for key in every if key not in done]
-    asked = _read(out / EXPERIMENT)
+    asked = read_object(out / EXPERIMENT)
     write_json(out / RESULTS, {"asked": asked, "missing": missing, "arms": done})
     return done
 
@@ -153,12 +170,5 @@ def made_with(results: Mapping[str, Result], seed: int | None = None) -> str:
 
 def paper_rows(name: str) -> tuple[str, dict[str, Any]]:
     """(where they stand, the rows) of a table or figure in paper.json."""
-    every = _read(Path(__file__).parent / "paper.json")
+    every = read_object(Path(__file__).parent / "paper.json")
     return every[name]["source"], every[name]["rows"]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: damaged ({error})") from None

@@ -8,7 +8,6 @@ A task whose data cannot be had is named in the report and does not keep others 
 
 import contextlib
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,8 +41,8 @@ from gsa.experiments.budget import BudgetConfig, estimate
 from gsa.model import GSAConfig
 from gsa.training import RunError
 from gsa.training.distributed import Team
-from gsa.training.files import sha256, write_json, write_text
-from gsa.training.lock import turn
+from gsa.training.files import read_object, sha256, write_json, write_text
+from gsa.training.lock import RunLock, turn
 
 PERPLEXITY = "perplexity"
 NOT_RUN = "not_run.json"
@@ -187,7 +186,7 @@ class Evaluation:
         for name, task in product(chosen, self.tasks()):
             folder, at = models[name], out / name / task
             done = read_result(at)
-            if done is not None and done["weights"] != marks[name]:
+            if done is not None and done.get("weights") != marks[name]:
                 raise RunError(f"{at}: is of other weights than {folder} has; remove {out / name}")
             one = partial(self._one, task, folder, at, config, validation, reasons)
             run = partial(_marked, one, marks[name])
@@ -223,7 +222,7 @@ class Evaluation:
                                  "device": config.device, "rows": config.texts,
                                  "dtype": config.dtype}  # fmt: skip
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with RunLock(at), contextlib.redirect_stdout(io.StringIO()):
                 if task == PERPLEXITY:
                     found = perplexity(PerplexityConfig(**asked, data=validation))
                     return {"metrics": {PERPLEXITY: found["overall"][PERPLEXITY]}}
@@ -243,10 +242,8 @@ class Evaluation:
         out, suite = base / self.folder, find_suite(self.suite)
         if not (out / EXPERIMENT).is_file():
             return ""
-        asked = json.loads((out / EXPERIMENT).read_text(encoding="utf-8"))
-        reasons = {}
-        if (out / NOT_RUN).is_file():
-            reasons = json.loads((out / NOT_RUN).read_text(encoding="utf-8"))
+        asked = read_object(out / EXPERIMENT)
+        reasons = read_object(out / NOT_RUN) if (out / NOT_RUN).is_file() else {}
         head = [""] + (["held-out ppl"] if self.held_out else [])
         head += [f"{column.name}{' *' if column.note else ''}" for column in suite.columns]
         rows = [head]
@@ -265,7 +262,7 @@ class Evaluation:
             f"In bold: models of here. Others: {suite.source}. Answers are greedy; examples "
             "before a question are drawn as lm-eval draws them, by its own fixed seed.",
         ]
-        if asked["limit"]:
+        if asked.get("limit"):
             parts.append(f"**Only the first {asked['limit']} examples of each task.**")
         if reasons:
             lines = [f"- {task}: {reason}" for task, reason in reasons.items()]

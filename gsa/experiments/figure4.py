@@ -42,7 +42,7 @@ from gsa.recipes import RECIPES
 from gsa.training import RunError
 from gsa.training.distributed import Team
 from gsa.training.files import write_text
-from gsa.training.lock import turn
+from gsa.training.lock import RunLock, turn
 
 Size = Literal["tiny", "small", "paper"]
 KEYS = {name: make().model for name, make in RECIPES.items()}
@@ -188,7 +188,8 @@ def _measure(
         (out / name).mkdir(exist_ok=True)
         clear(device)
         try:
-            return {"document": bench(name, str(out / name / "bench.json"))}
+            with RunLock(out / name):
+                return {"document": bench(name, str(out / name / "bench.json"))}
         except NotInstalledError as error:
             raise NotRunError(str(error)) from error
         except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gsa.training.curves import clock
-from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS
+from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, check_kinds, read_object
 from gsa.training.metrics import METRICS, read_metrics
 
 MADE_BY = "gsa report"
@@ -130,12 +130,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"runs: {folder} is no run folder (it has neither {SETTINGS} nor {METRICS}); expected "
             "the out folder of gsa train"
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: damaged (no JSON object)")
+    settings = read_object(path)
+    check_kinds(path, settings, dict.fromkeys(("config", "fingerprints", "versions"), dict))
+    check_kinds(path, settings.get("config", {}), {"model": dict, "steps": int})
+    marks = settings.get("fingerprints", {})
+    check_kinds(path, marks, dict.fromkeys(marks, str))
     return settings
 
 

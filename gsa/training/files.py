@@ -4,10 +4,13 @@ disk, then renamed."""
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from gsa.training.errors import RunError
 
 SETTINGS = "train.json"
 CHECKPOINTS = "checkpoints"
@@ -53,6 +56,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a whole JSON file, or leave what was there."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_object(path: Path, parts: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
+    """The JSON object in a file of ours; RunError, naming the file, if it is none or damaged.
+
+    parts: what has to be in it, and as what.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: damaged ({error})") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: damaged (no JSON object)")
+    check_kinds(path, dict.fromkeys(parts) | found, parts)
+    return found
+
+
+def check_kinds(path: Path, found: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """RunError, naming the file, if a value that was found in it is of another kind."""
+    for key in kinds.keys() & found.keys():
+        if not isinstance(found[key], kinds[key]):
+            kind = "object" if kinds[key] is dict else kinds[key].__name__
+            got = repr(found[key])
+            raise RunError(f"{path}: damaged ({key}: expected {kind}, got {got[:80]})")
 
 
 def check_result(out: str, key: str, maker: str) -> None:

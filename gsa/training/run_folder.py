@@ -1,6 +1,5 @@
 """The run folder: what may be trained into it, and from which checkpoint a run goes on."""
 
-import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from gsa.data import MixedShards, TokenShards
 from gsa.training.checkpoint import Checkpoint, find_checkpoint, newest_step, open_checkpoint
 from gsa.training.config import TrainConfig
 from gsa.training.errors import RunError
-from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, incomplete, write_json
+from gsa.training.files import CHECKPOINTS, SETTINGS, WEIGHTS, incomplete, read_object, write_json
 from gsa.training.lock import LOCK
 from gsa.training.report import REPORT, versions
 
@@ -119,14 +118,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: damaged ({error})") from None
-    for name in ("config", "fingerprints"):
-        if not (isinstance(settings, dict) and isinstance(settings.get(name), dict)):
-            raise RunError(f"{path}: damaged (expected an object {name!r})")
-    return settings
+    return read_object(path, {"config": dict, "fingerprints": dict})
 
 
 def is_finished(folder: Path) -> bool:

@@ -45,6 +45,12 @@ def build_model_config(
     }
     model_config = GSAConfig(**{**completed, **config.model})
     shards.require_vocab_size(model_config.vocab_size)
+    words = model_config.vocab_size
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = getattr(model_config, key)
+        every = given if isinstance(given, list) else [given]
+        if not all(one is None or 0 <= one < words for one in every):
+            raise ValueError(f"{key}: expected tokens from 0 to {words - 1}, got {given}")
     return model_config
 
 

@@ -230,6 +230,8 @@ def test_memory_that_ran_out_is_one_line_and_other_failures_are_none(capsys, mon
         raise error
 
     full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB. See documentation for"
+    monkeypatch.setitem(COMMANDS, "info", lambda arguments: torch.empty(1 << 60))
+    assert main(["info"]) == 2 and "can't allocate memory" in capsys.readouterr().err
     monkeypatch.setitem(COMMANDS, "info", partial(fails, torch.OutOfMemoryError(full)))
     assert main(["info"]) == 2
     said = capsys.readouterr().err

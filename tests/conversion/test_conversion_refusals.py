@@ -200,6 +200,7 @@ def test_a_tokenizer_that_does_not_fit(save, tmp_path):
         ),
         ({"rope": 1}, "rope: expected true or false"),
         ({"seed": -1}, "seed: expected a whole number >= 0"),
+        ({"seed": 1 << 63}, "seed: expected a number below 2^63"),
         ({"check_tokens": True}, "check_tokens: expected a whole number >= 0"),
         ({"model": {"hidden_size": 8}}, "model: expected keys of GSAConfig among gate, "),
         ({"model": {"gate": "none"}}, "gate: expected one of data_dependent"),

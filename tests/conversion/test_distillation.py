@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -300,6 +301,21 @@ def test_killed_in_the_second_stage_it_goes_on_bit_for_bit(make_config, tmp_path
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_command_ends_with_the_signal_that_stopped_it(make_config, tmp_path, monkeypatch):
+    """What a script does next, with a model that is not there yet, is not to begin."""
+    command, right = command_of(make_config(tokens=6 * 4 * T)), Align.__call__
+
+    def stopping(self, model, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Align, "__call__", stopping)
+        assert main(command) == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "2-kl").exists()
+    assert main(command) == 0
+
+
 @pytest.mark.gpu
 def test_passes_of_both_can_be_recorded(make_config, tmp_path):
     config = make_config(device="cuda")
@@ -327,6 +343,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         ),
         ({"teacher": str(tmp_path)}, FileNotFoundError, "teacher: expected a model folder"),
         ({"teacher": str(other)}, ValueError, "teacher: expected num_hidden_layers = 3"),
+        ({"teacher": str(lesson[2])}, ValueError, "teacher: expected a model_type of llama"),
         ({"student": str(kept)}, ValueError, "stages: expected no align"),
         ({"data": str(tmp_path / "none")}, (ValueError, OSError), "none"),
         ({"validation": str(tmp_path / "bytes")}, ValueError, "made with another tokenizer than"),
@@ -339,8 +356,14 @@ def test_what_does_not_fit_is_named_before_anything_is_written(make_config, less
         assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "letter").touch()
-    with pytest.raises(RunError, match="no distillation"):
-        distill(config)
+    for taken in (tmp_path / "run", tmp_path / "run" / "letter"):
+        with pytest.raises(RunError, match="no distillation"):
+            distill(replace(config, out=str(taken)))
+    conversion = lesson[2] / "conversion.json"
+    for damaged in ("{", "[]", '{"teacher": {"folder": 3}}'):
+        conversion.write_text(damaged)
+        with pytest.raises(RunError, match=r"conversion\.json: damaged"):
+            distill(config)
 
 
 def test_numbers_that_make_no_sense(make_config):
@@ -355,13 +378,24 @@ def test_numbers_that_make_no_sense(make_config):
 
 def test_other_settings_in_the_same_folder_are_refused(make_config):
     config = make_config(tokens=6 * 4 * T)
+    folder = Path(config.out)
+    folder.mkdir()
+    (folder / ".distill.json.incomplete").touch()  # a killed command's, and no obstacle
     distill(config)
     with pytest.raises(RunError, match="seed: 0 there, 1 asked"):
         distill(replace(config, seed=1))
+    (folder / "distill.json").write_text('{"config": []}')
+    with pytest.raises(RunError, match=r"distill\.json: damaged .config: expected object"):
+        distill(config)
 
 
 @pytest.mark.parametrize(
-    "text", ["kl", "kd:1M:1e-3:0", "kl:much:1e-3:0", "kl:0:1e-3:0", "kl:1M:0:0", "kl:1M:1e-3:-1"]
+    "text",
+    [
+        *("kl", "kd:1M:1e-3:0", "kl:much:1e-3:0", "kl:0:1e-3:0", "kl:1M:0:0", "kl:1M:1e-3:-1"),
+        *("kl:inf:1e-3:0", "kl:1e99:1e-3:0", "kl:1KM:1e-3:0", "kl:1M:2:0", "kl:1M:nan:0"),
+        *("kl:1M:1e-3:inf", "kl::1e-3:0", "kl:M:1e-3:0"),
+    ],
 )
 def test_stages_that_make_no_sense(text):
     with pytest.raises(ValueError, match="stages: expected objective:tokens:lr:rest"):

@@ -80,5 +80,7 @@ def test_the_command(lesson, tmp_path, capsys):
     shares = torch.tensor(found["shares"]).amax(1)
     assert found["layers"] == shares.argsort(descending=True)[:2].tolist()
     assert [len(one["far"]) for one in found["sights"]] == [3, 2, 0]
+    assert found["command"].startswith(f"gsa eval retrieval {teacher} --data ")
+    assert found["environment"]["device"].startswith("cpu") and "torch" in found["environment"]
     assert main([*command, "--layers", "4"]) == 2
     assert "layers: expected at most 3, got 4" in capsys.readouterr().err

@@ -97,9 +97,27 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="holds something that is no experiment"):
         begin(tmp_path / "file", {"seed": 0})
-    (tmp_path / "out" / "experiment.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
-        begin(tmp_path / "out", {"seed": 0})
+    for damaged in ("{", "[]"):
+        (tmp_path / "out" / "experiment.json").write_text(damaged)
+        with pytest.raises(RunError, match="damaged"):
+            begin(tmp_path / "out", {"seed": 0})
+
+
+def test_a_result_that_is_damaged_or_of_another_experiment_is_named(tmp_path):
+    bench = Bench(tmp_path / "out")
+    bench.run("a")
+    path = bench.out / "a" / "result.json"
+    good = path.read_text()
+    for text in ("", "{", "[]", "3", "{}", good.replace('"arm": "a"', '"arm": 3')):
+        path.write_text(text)
+        with pytest.raises(RunError, match=r"a/result\.json: damaged"):
+            bench.run("a")
+    path.write_text(good.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(RunError, match=r"of an experiment with other settings .*move it away"):
+        bench.run("a")
+    path.write_text(good)
+    bench.run("a")
+    assert bench.ran == ["a"]
 
 
 def test_commands_share_a_folder_at_the_same_moment(tmp_path):

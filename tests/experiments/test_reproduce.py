@@ -13,6 +13,7 @@ from gsa.cli import main
 from gsa.data import PrepareConfig, prepare
 from gsa.experiments import figure4
 from gsa.experiments.evaluation import find_models
+from gsa.training.lock import RunLock
 
 WORDS = "the slot remembers what the gate lets in, and forgets what it lets go; "
 
@@ -67,6 +68,12 @@ def test_table_1_and_recall_on_its_models(room, capsys, monkeypatch):
     assert "| 1.3B GSA " in report and "curves.png" in report and "- seed 0" in report
     times = {at: at.stat().st_mtime_ns for at in out.rglob("result.json")}
     assert reproduce(*command, *local) == 0
+    task = out / "commonsense" / "gsa" / "piqa"
+    kept = (task / "result.json").rename(task / "kept.json")
+    with RunLock(task):  # as another command's
+        assert reproduce(*command, *local) == 2
+    assert "piqa on gsa failed: " in (said := capsys.readouterr().out) and "in use by" in said
+    kept.rename(task / "result.json")
     assert times == {at: at.stat().st_mtime_ns for at in out.rglob("result.json")}
     capsys.readouterr()
     assert reproduce(*command, *local, "--arms", "gla", "--limit", "1") == 2

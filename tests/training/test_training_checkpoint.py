@@ -147,6 +147,14 @@ def test_shards_and_model_must_agree_on_the_vocabulary(make_config):
     assert not Path(config.out).exists()
 
 
+@pytest.mark.parametrize("eos", [258, -1, [0, 258]])
+def test_a_token_that_no_text_can_have_ends_none(make_config, eos):
+    config = make_config()
+    with pytest.raises(ValueError, match="eos_token_id: expected tokens from 0 to 257, got"):
+        train(make_config(model={**config.model, "eos_token_id": eos}))
+    assert not Path(config.out).exists()
+
+
 def test_a_larger_vocabulary_than_the_shards_need_is_fine(make_config):
     config = make_config(model={"vocab_size": 320}, steps=3)
     assert train(config).status == "finished"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import safe_open
 
-from gsa.training import train
+from gsa.training import RunError, train
 from gsa.training.comparison import (
     ReportConfig,
     compare_runs,
@@ -239,9 +239,12 @@ def test_what_is_no_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_runs([str(tmp_path / "nothing")])
     run = write_run(tmp_path / "a", name="x", losses=[3.0])
-    for text in ("{", "[1]"):
+    for text in (
+        *("{", "[1]", '{"config": [1]}', '{"config": {"model": null}}', '{"versions": "1"}'),
+        *('{"config": {"steps": [1]}}', '{"fingerprints": {"data": [1]}}'),
+    ):
         (run / "train.json").write_text(text)
-        with pytest.raises(ValueError, match=r"train\.json: damaged"):
+        with pytest.raises(RunError, match=r"train\.json: damaged"):
             read_runs([str(run)])
 
 
