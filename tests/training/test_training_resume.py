@@ -178,7 +178,7 @@ def test_damaged_settings_are_written_anew_from_what_is_asked(make_config, capsy
         assert json.loads(path.read_text())["config"] == whole["config"]
     train(config)
     path.write_text(damaged)
-    with pytest.raises(RunError, match=r"train\.json: damaged .expected an object 'config'"):
+    with pytest.raises(RunError, match=r"train\.json: damaged .config: expected object"):
         train(config)
 
 
