@@ -125,6 +125,10 @@ def to_device(name: str) -> torch.device:
         raise ValueError(f"device: {name!r} cannot be used here ({why})") from error
 
 
+MOST_HELD = 32
+"""Tokens that are held back at most; a character has at most four."""
+
+
 class TextStream:
     """Token ids in, text out, holding back characters whose bytes are not all there yet.
 
@@ -142,8 +146,18 @@ class TextStream:
         """The text that this token completes; "" if it ends within a character."""
         self._ids.append(token)
         text = self._new_text()
-        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return self._give(text)
+        if len(self._ids) - self._shown < MOST_HELD:
             return ""
+        # No character is that long: it is no text, but for a last one that may be unfinished.
+        held, self._ids = self._ids[-3:], self._ids[:-3]
+        text = self._give(self._new_text())
+        self._ids += held
+        return text
+
+    def _give(self, text: str) -> str:
+        """Notes that all tokens so far were shown, as this text."""
         self._ids = self._ids[-8:]
         self._shown = len(self._ids)
         return text

@@ -68,6 +68,24 @@ def test_bytes_that_are_no_text_are_shown_as_such(folder):
     assert "".join(pieces) == bytes(tokens).decode(errors="replace")
 
 
+def test_much_that_is_no_text_is_not_read_again_and_again(folder):
+    """Given out on the way, and a character in its midst is still whole."""
+    _, tokenizer = load(folder)
+    tokens = [*[0xFF] * 95, *"𝄞".encode(), *[0x80, 0xC3] * 60, *"é€ ok".encode()]
+    longest, decode = 0, tokenizer.decode
+
+    class Watched:
+        def decode(self, ids, **options):
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return decode(ids, **options)
+
+    stream = TextStream(Watched(), tokenizer("a").input_ids)
+    pieces = [stream.add(token) for token in tokens] + [stream.end()]
+    assert "".join(pieces) == bytes(tokens).decode(errors="replace")
+    assert longest <= 48 and sum(map(bool, pieces)) > 5
+
+
 def test_folders_that_are_no_model_are_explained(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(tmp_path / "nothing")

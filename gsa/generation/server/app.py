@@ -198,10 +198,18 @@ def _add_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     def form(body: WriteRequest, *, chat: bool) -> Form:
         return Form(chat=chat, model=body.model, fingerprint=engine.decoder.fingerprint)
 
+    def about(name: str) -> dict[str, Any]:
+        service.state(name)
+        facts = {"object": "model", "created": service.created, "owned_by": "gated-slots"}
+        return {"id": name, **facts}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        about = {"object": "model", "created": service.created, "owned_by": "gated-slots"}
-        return {"object": "list", "data": [{"id": name, **about} for name in service.states]}
+        return {"object": "list", "data": [about(name) for name in service.states]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return about(name)
 
     @app.get("/health")
     async def health() -> Any:

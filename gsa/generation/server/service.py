@@ -44,13 +44,13 @@ class Service:
         self._thread = ThreadPoolExecutor(1, "tokenizer")
 
     async def complete(self, body: CompletionRequest) -> Answer:
-        state = self._state(body.model)
+        state = self.state(body.model)
         most = self._limit("max_tokens", body.max_tokens or COMPLETION_TOKENS)
         encoded = await self._in_thread(self._encode, body.prompt, state)
         return self._ask(body, encoded, most)
 
     async def chat(self, body: ChatRequest) -> Answer:
-        self._state(body.model)
+        self.state(body.model)
         field = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
         asked = body.max_completion_tokens or body.max_tokens
         encoded = [await self._in_thread(self._render, body)]
@@ -60,7 +60,8 @@ class Service:
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def _state(self, model: str) -> ModelState | None:
+    def state(self, model: str) -> ModelState | None:
+        """Where texts of a model by this name begin; ApiError 404 if there is none such."""
         if model not in self.states:
             raise ApiError(
                 404,

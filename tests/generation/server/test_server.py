@@ -252,6 +252,9 @@ def test_chat_streams(client, offline):
 def test_a_state_is_a_model_that_has_read_it(client, offline):
     names = [model.id for model in client.models.list()]
     assert names == ["tiny", "book"]
+    assert client.models.retrieve("book").id == "book"
+    with pytest.raises(openai.NotFoundError, match="expected one of 'tiny', 'book', got 'b/x'"):
+        client.models.retrieve("b/x")
     for prompt in ("", "It"):
         made = client.completions.create(model="book", prompt=prompt, seed=2, max_tokens=20)
         assert made.choices[0].text == offline(BOOK + prompt, seed=2, max_new_tokens=20)[0]
