@@ -2,6 +2,7 @@
 
 gsa data prepare TEXT... --out SHARDS     text to token shards
 gsa data corpus DEBS... --out FOLDER      packages and books to cleaned English prose
+gsa data verify SHARDS...                 whether token shards are what was written
 gsa train RECIPE [options]                train a model, or go on with it
 gsa report RUN... [--out FILE]            draw and compare the curves of runs
 gsa export RUN --out FOLDER               a model folder out of a run's newest checkpoint
@@ -43,8 +44,14 @@ Config = TypeVar("Config")
 
 
 def data(arguments: list[str]) -> int:
-    """text to token shards: gsa data prepare TEXT... --out SHARDS; prose: gsa data corpus"""
-    chosen, rest = _subcommand("data", ("prepare", "corpus"), arguments)
+    """text to token shards: gsa data prepare TEXT... --out SHARDS; prose: corpus; checks: verify"""
+    chosen, rest = _subcommand("data", ("prepare", "corpus", "verify"), arguments)
+    if chosen == "verify":
+        from gsa.data.shards import VerifyConfig, verify
+
+        for line in verify(_config("gsa data verify", verify, VerifyConfig, rest, ("folders",))):
+            print(line, flush=True)
+        return 0
     if chosen == "corpus":
         from gsa.data.corpus import CorpusConfig, build_corpus
 

@@ -11,7 +11,8 @@ Raw files, so that anything can read them; the index holds the sizes that show a
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -169,6 +170,23 @@ class TokenShards:
             raise ValueError(f"{self.folder / DOCUMENTS}: expected increasing offsets")
         if int(self.tokens.max()) >= self.vocab_size:
             raise ValueError(f"{self.folder / TOKENS}: a token id reaches past the vocabulary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    folders: tuple[str, ...]
+    """Folders of token shards."""
+
+
+def verify(config: VerifyConfig) -> Iterator[str]:
+    """Reads token shards whole and compares them with their checksums; a line for each folder.
+
+    ValueError or FileNotFoundError for the first that is damaged or missing.
+    """
+    for folder in config.folders:
+        shards = TokenShards(folder)
+        shards.verify()
+        yield f"{folder}: {shards.num_tokens:,} tokens as they were written"
 
 
 def _read_index(folder: Path) -> bytes:

@@ -182,6 +182,16 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
     assert "--budget-seconds" in capsys.readouterr().out
 
 
+def test_shards_are_verified_as_typed(shards, capsys):
+    assert main(["data", "verify", str(shards), str(shards)]) == 0
+    assert capsys.readouterr().out.count("tokens as they were written") == 2
+    data = bytearray((shards / "tokens.bin").read_bytes())
+    data[-2] ^= 1
+    (shards / "tokens.bin").write_bytes(data)
+    words = "tokens.bin: contents differ from index.json; prepare again"
+    assert words in fails(["data", "verify", str(shards)], capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -192,7 +202,7 @@ def test_bench_tune_wants_a_cuda_device(capsys, monkeypatch, tmp_path):
         (["generate", "/no/model", "--prompt", "x"], "/no/model: no such folder"),
         (["generate", ".", "--prompt", "x", "--temperature", "0"], "temperature: expected"),
         (["data", "prepare", "/no/text", "--out", "x"], "/no/text"),
-        (["data", "cook"], "gsa data: expected 'prepare' or 'corpus', got 'cook'"),
+        (["data", "cook"], "gsa data: expected 'prepare' or 'corpus' or 'verify', got 'cook'"),
         (
             ["bench"],
             "'tune' or 'cost' or 'training' or 'decode' or 'distill', got nothing",
