@@ -9,6 +9,8 @@ import pytest
 import torch
 from numerics import HOME, assert_bit_equal, cotangents, evaluate, leaves, make_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
@@ -98,6 +100,27 @@ def test_custom_operators_are_honest(case, deterministic):
     utilities = ("test_schema", "test_faketensor")  # it has no gradient itself
     arguments = (*plain, memory, kept, *d, 0.7, "softmax", options[3])
     torch.library.opcheck(backward, arguments, test_utils=utilities)
+
+
+def test_whoever_watches_sees_an_operator():
+    """Not its kernels, nor what is made ready for them."""
+    inputs, operator = make_inputs(T=5, H=1, **COLD), torch.ops.gsa.triton_forward.default
+    names, seen = list(inputs), []
+
+    def function(*tensors):
+        return attention(**dict(zip(names, tensors, strict=True))).output
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            seen.append(function)
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        function(*inputs.values())
+    assert operator in seen
+    for early in (False, True):  # whether what dispatch is about to take apart is noted whole
+        graph = make_fx(function, pre_dispatch=early)(*inputs.values()).graph
+        assert operator in {node.target for node in graph.nodes}
 
 
 def kept_bytes(inputs, **options):

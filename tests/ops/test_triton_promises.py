@@ -207,6 +207,15 @@ def test_a_memory_that_is_changed_before_the_backward_pass_is_noticed():
         got.output.sum().backward()
 
 
+def test_a_gradient_of_a_gradient_is_refused():
+    """An error, not a part left out."""
+    inputs = leaves(make_inputs(T=5, H=1, **COLD))
+    output = attention(**inputs).output
+    (d_q,) = torch.autograd.grad(output.square().sum(), inputs["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (d_q.square().sum() + inputs["k"].sum()).backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_autocast_changes_nothing(dtype):
     inputs = make_inputs(T=70, H=2, G=1, **HOT, dtype=dtype, memory=1)

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import infer_schema
 
 from gsa.ops.triton.sizes import KeptRooms, Sizes, number_dtype
@@ -115,6 +116,8 @@ def unwatched(*inputs: object) -> bool:
     as long as all that it is there to find."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(EARLY)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
         and all(type(x) in PLAIN for x in inputs if isinstance(x, Tensor))
@@ -122,6 +125,8 @@ def unwatched(*inputs: object) -> bool:
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
+EARLY = torch._C.DispatchKey.PreDispatch
+"""There are modes that see an operator before autograd does, as in `make_fx(pre_dispatch=True)`."""
 
 
 class Attention(torch.autograd.Function):
@@ -143,6 +148,7 @@ class Attention(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_output, d_memory, _):
         q, k, v, log_forget, write, initial_memory, cu_seqlens, memory, kept = ctx.saved_tensors
         inputs = (q, k, v, log_forget, write, initial_memory)
