@@ -12,9 +12,12 @@ from numerics import HOME, assert_bit_equal, cotangents, evaluate, make_inputs
 
 pytest.importorskip("triton", reason="the kernels need triton: Linux, and the dev extra")
 
+from triton.runtime._async_compile import active_mode
+
 from gsa.ops import gated_slot_attention
 from gsa.ops.triton import cuda, launch, run
 from gsa.ops.triton.plan import Plan
+from gsa.ops.triton.program import compile_all
 from gsa.ops.triton.tape import Recorder, arrange
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -93,6 +96,45 @@ SMALL = {"B": 2, "T": 300, "H": 2, "G": 1, "K": 16, "V": 16, "M": 16}  # compile
 def forget_tapes():
     run.forward_tape.cache_clear()
     run.backward_tape.cache_clear()
+
+
+class Broken:
+    """A kernel that does not compile: hands Triton's mode a job, as a kernel does."""
+
+    def warmup(self, grid):
+        def fail():
+            raise ValueError("no such instruction")
+
+        return active_mode.get().submit("broken", fail, lambda kernel: None)
+
+
+def test_what_does_not_compile_does_no_harm_to_what_does():
+    """The error is told every time, and no mode of Triton's is left on."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such instruction"):
+            compile_all([(Broken(), (), {})], torch.device("cpu"))
+    assert active_mode.get() is None
+
+
+@pytest.mark.gpu
+def test_a_call_that_was_interrupted_leaves_no_address_behind(monkeypatch):
+    inputs, other = (make_inputs(**BIG, dtype=torch.bfloat16, seed=i) for i in range(2))
+    forget_tapes()
+    expected = [attention(**x).output for x in (inputs, other)]
+    replace, times = cuda.replace_address, []
+
+    def interrupted(*x):
+        times.append(x)
+        if len(times) == 3:
+            raise KeyboardInterrupt
+        replace(*x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "replace_address", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            attention(**inputs)
+    for x, wanted in zip((other, inputs), (expected[1], expected[0]), strict=True):
+        assert torch.equal(attention(**x).output, wanted)
 
 
 @pytest.mark.gpu

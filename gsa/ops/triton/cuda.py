@@ -11,7 +11,6 @@ it is not so, in a Triton to come, its own launcher is used.
 # pyright: reportArgumentType=false, reportReturnType=false
 
 import ctypes
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -23,8 +22,10 @@ from triton.runtime import driver
 
 from gsa.ops.triton.steps import CheckedDescriptor, Place, Step, Tiles
 
-NUMBERS = {"i1": "?", "i32": "i", "i64": "q", "fp32": "f"}
-"""Kinds of numbers among the arguments, as `struct` has them."""
+NUMBERS = {
+    "i1": ctypes.c_bool, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float
+}  # fmt: skip
+"""Kinds of numbers among the arguments. What fp32 cannot hold is infinite."""
 
 MAP_BYTES = 128
 """Of a descriptor as the device takes it (CUtensorMap)."""
@@ -39,7 +40,7 @@ def launches(
     """
     try:
         return Launches(device, steps, kernels)
-    except (Unknown, AttributeError, OSError):  # the last two: a driver without such functions
+    except (Unknown, AttributeError, ImportError, OSError):  # Triton or a driver without such
         return ByTriton(device, steps, kernels)
 
 
@@ -88,10 +89,10 @@ class Launches:
         sizes: list[int] = []
         descriptors = iter(meta.tensordesc_meta or ())
 
-        def add(kind: str, number: float) -> None:
-            sizes.append(struct.calcsize(kind))
+        def add(kind: Any, number: float) -> None:
+            sizes.append(ctypes.sizeof(kind))
             found.append((False, len(values)))
-            values.append(int.from_bytes(struct.pack("<" + kind, number), "little"))
+            values.append(int.from_bytes(bytes(kind(number)), "little"))
 
         types = kernel.src.signature
         for name, x, place in zip(step.kernel.arg_names, step.arguments, step.places, strict=False):
@@ -106,18 +107,18 @@ class Launches:
                 sizes.append(MAP_BYTES)
                 found.append((True, address))
                 for n in what.shape:
-                    add("i", n)
+                    add(ctypes.c_int32, n)
                 for n in what.strides:
-                    add("q", n)
+                    add(ctypes.c_int64, n)
             elif place is not None and kind.startswith("*"):
                 self.pointers.append((len(values), *place))
-                add("Q", 0)
+                add(ctypes.c_uint64, 0)
             elif place is None and kind in NUMBERS:
                 add(NUMBERS[kind], x)
             else:
                 raise Unknown
-        add("Q", 0)  # scratch memory of the kernel's own, and of a profiler: none
-        add("Q", 0)
+        add(ctypes.c_uint64, 0)  # scratch memory of the kernel's own, and of a profiler: none
+        add(ctypes.c_uint64, 0)
         if sizes != list(parameter_sizes(kernel.function)):
             raise Unknown
         return iter(found)
@@ -147,10 +148,11 @@ class Launches:
         stream = driver.active.get_current_stream(self.index)  # pyright: ignore[reportAttributeAccessIssue]
         with self.lock:
             if now != self.before:
+                before = self.before or [-1] * len(now)
+                self.before = []  # not known until all are written: Ctrl-C may come
                 words = self.words
                 for word, number, offset in self.pointers:
                     words[word] = now[number] + offset
-                before = self.before or [-1] * len(now)
                 for address, number, offset in self.maps:
                     if now[number] != before[number]:
                         replace_address(address, now[number] + offset)

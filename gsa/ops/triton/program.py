@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, Protocol
 
 import torch
@@ -62,12 +63,16 @@ def compile_all(jobs: Sequence[Job], device: torch.device) -> list[Any]:
         with torch.cuda.device(device):
             kernel.run  # noqa: B018  # loads it, and builds its launcher
 
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+    def begin(pool: ThreadPoolExecutor) -> list[Any]:
         with triton.AsyncCompileMode(pool):
-            found = [
+            return [
                 kernel.warmup(*arguments, grid=(1,), **constants)
                 for kernel, arguments, constants in jobs
             ]
+
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        # The mode stays on in its context where a kernel does not compile, or Ctrl-C comes.
+        found = copy_context().run(begin, pool)
         kernels = [x.result() if hasattr(x, "result") else x for x in found]
         list(pool.map(load, [x for x in kernels if x.module is None]))
     return kernels

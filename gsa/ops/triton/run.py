@@ -49,7 +49,7 @@ def call_of(tokens: Tokens, initial: Tensor | None, scale: float, slot_activatio
 
 
 def aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() & 15 else x
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() & 15 else x
 
 
 def dense(x: Tensor) -> Tensor:
