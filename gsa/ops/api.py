@@ -30,6 +30,7 @@ from gsa.ops.validation import (
     check_packing,
     check_scale,
     check_step,
+    refuse_tangents,
 )
 
 HAS_TRITON = find_spec("triton") is not None
@@ -127,6 +128,7 @@ def gated_slot_attention(
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: forward-mode differentiation, but for impl "reference".
     """
     check_options(scale, slot_activation, impl)
     sizes = check_inputs(q, k, v, log_forget, write)
@@ -140,6 +142,7 @@ def gated_slot_attention(
         check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
     arguments = (q, k, v, log_forget, write, scale, slot_activation, initial_memory, cu_seqlens)
     chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_forget))
+    refuse_tangents(chosen, q, k, v, log_forget, write, initial_memory)
     with without_autocast(q.device.type):
         if chosen == "reference":
             return reference_attention(*arguments)
@@ -239,6 +242,7 @@ def gated_linear_attention(
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: forward-mode differentiation, but for impl "reference".
     """
     check_scale(scale)
     check_impl(impl)
@@ -250,6 +254,7 @@ def gated_linear_attention(
         letters = "B, G, K, V" if cu_seqlens is None else "S, G, K, V"
         check_memory("initial_memory", initial_memory, q, (memories, *sizes), letters)
     chosen, _ = describe_impl(impl, q.device, unfit_for_triton(q, log_decay, "K"))
+    refuse_tangents(chosen, q, k, v, log_decay, initial_memory)
     with without_autocast(q.device.type):
         if chosen == "reference":
             return reference_linear_attention(q, k, v, log_decay, scale, initial_memory, cu_seqlens)

@@ -21,6 +21,7 @@ from gsa.ops.validation import (
     check_memory,
     check_packing,
     check_scan_inputs,
+    refuse_tangents,
 )
 
 SEGMENT = 64
@@ -67,6 +68,7 @@ def selective_scan(
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
+        NotImplementedError: forward-mode differentiation, but for impl "reference".
     """
     check_impl(impl)
     sizes = check_scan_inputs(x, delta, rate, write, read)
@@ -80,6 +82,7 @@ def selective_scan(
     if x.dtype == torch.float64 and x.device.type == "cuda":
         unfit = "they take fp32, bf16 and fp16, got x in torch.float64"
     chosen, _ = describe_impl(impl, x.device, unfit)
+    refuse_tangents(chosen, x, delta, rate, write, read, initial_memory)
     with without_autocast(x.device.type):
         if chosen == "reference":
             return _reference(x, delta, rate, write, read, initial_memory, cu_seqlens)

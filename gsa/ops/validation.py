@@ -4,10 +4,12 @@ Each message names the argument, what was expected and what came. Shapes are wri
 package's alphabet (`gsa/ops/types.py`).
 """
 
+import math
 from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gsa.ops.types import IMPLS, SLOT_ACTIVATIONS, compute_dtype
 
@@ -48,6 +50,20 @@ def check_options(scale: object, slot_activation: object, impl: object) -> None:
 def check_scale(scale: object) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         _fail("scale", "a number", repr(scale))
+    if isinstance(scale, float) and math.isnan(scale):
+        _fail("scale", "a number", scale)
+
+
+def refuse_tangents(impl: str, *tensors: Tensor | None) -> None:
+    """NotImplementedError under forward-mode differentiation, unless impl is the reference: the
+    others know gradients only, and a tangent would come out as zeros."""
+    if impl == "reference" or torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    given = [x for x in tensors if x is not None]
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise NotImplementedError(
+            f"forward-mode differentiation (jvp): only impl='reference' has it, got {impl!r}"
+        )
 
 
 def check_impl(impl: object) -> None:

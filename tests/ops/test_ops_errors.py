@@ -3,12 +3,19 @@
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from numerics import make_inputs
 
-from gsa.ops import check_cu_seqlens, gated_slot_attention, gated_slot_step
+from gsa.ops import (
+    check_cu_seqlens,
+    gated_linear_attention,
+    gated_slot_attention,
+    gated_slot_step,
+    selective_scan,
+)
 
 # B = 2, T = 6, H = 4, G = 2, K = 5, V = 6, M = 3, so every size differs from its neighbours.
 SIZES = {"B": 2, "T": 6, "H": 4, "G": 2, "K": 5, "V": 6, "M": 3, "dtype": torch.float32}
@@ -114,6 +121,7 @@ WRONG = {
     ),
     "scale a string": ("scale", ["'1'"], {"scale": "1"}),
     "scale None": ("scale", ["None"], {"scale": None}),
+    "scale NaN": ("scale", ["nan"], {"scale": float("nan")}),
     "recompute a level": ("recompute", ["2"], {"recompute": 2}),
     "packing with a batch": ("q", ["B = 1", "2"], {"cu_seqlens": torch.tensor([0, 6])}),
 }
@@ -128,6 +136,7 @@ def test_triton_where_it_is_not_installed():
     """It is named in the error, and nothing else misses it."""
     code = """
 import sys
+from functools import partial
 sys.modules["triton"] = None  # to Python, a module that is not there
 import torch
 from gsa.ops import describe_impl, gated_slot_attention
@@ -274,3 +283,28 @@ def test_a_refused_step_leaves_the_pool_alone():
         **step_arguments(memory=pool, inplace=True, rows=torch.tensor([1, 9])),
     )
     assert torch.equal(pool, before)
+
+
+@pytest.mark.parametrize("kind", ["slots", "linear", "scan"])
+def test_tangents_come_from_the_reference_alone(kind):
+    """Others know gradients; without an error, tangents were zeros."""
+    x = make_inputs(T=5, H=1, K=4, V=4, M=4)
+    q, k, v, log_forget = (x[name] for name in ("q", "k", "v", "log_forget"))
+
+    def function(v, impl):
+        if kind == "slots":
+            return gated_slot_attention(q, k, v, log_forget, impl=impl).output
+        if kind == "linear":
+            return gated_linear_attention(q, k, v, log_forget, impl=impl).output
+        rate = -torch.ones(4, 4, dtype=v.dtype)
+        return selective_scan(v[:, :, 0], -log_forget[:, :, 0], rate, k[:, :, 0], q[:, :, 0],
+                              impl=impl).output  # fmt: skip
+
+    def tangent(impl):
+        return torch.func.jvp(partial(function, impl=impl), (v,), (torch.ones_like(v),))[1]
+
+    expected = function(v + 1, "reference") - function(v, "reference")  # it is linear in v
+    torch.testing.assert_close(tangent("reference"), expected)
+    for impl in ("chunked", "auto"):
+        with pytest.raises(NotImplementedError, match=r"jvp.*impl='reference'"):
+            tangent(impl)
